@@ -1,0 +1,631 @@
+"""The backbone as it comes off the shelf: architecture, released weights, tokeniser.
+
+One bidirectional pre-norm transformer, of which the tiny default, LLaDA-8B (arXiv 2502.09992) and
+Dream-7B (arXiv 2508.15487) are configurations. A pass is four plain calls, so that a memory can
+stand between any two layers without hooks:
+
+    h, context = backbone.embed(ids, attention_mask)    # (B, T) -> (B, T, D)
+    h = backbone.run(h, context, 0, n_layer)            # any range of layers
+    h = backbone.pick(h, rows)                          # (N, D), h of position i scores token i
+    logits = backbone.head(h)                           # (N, V)
+
+The order of casts is part of each model: bf16 logits equal those of the original classes.
+"""
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import math
+import os
+import re
+import sys
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Callable, NamedTuple, NoReturn
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Bad input, in one sentence: what was found, what was expected, what to do."""
+
+
+def ensure(condition: object, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Call a program's main; bad input ends it with one sentence and exit status 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def start_device(name: str | None) -> tuple[torch.device, int, int]:
+    """(device, rank, number of processes); under torchrun the process group is opened."""
+    rank, local, world = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    best = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{local}" if (name or best) == "cuda" else name or best)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
+                         f"the best one here is {best}")
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, rank, max(world, 1)
+
+
+# ------------------------------------------------------------------------------- architecture
+
+
+@dataclass(frozen=True)
+class Config:
+    kind: str                      # tiny, llada or dream: tensor names, chat template, sampler
+    vocab_size: int                # rows of the embedding; some have no token
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    d_model: int
+    d_ff: int
+    norm_eps: float
+    rope_theta: float
+    rope_fp32: bool                # rotate q and k in float32, else in the activation dtype
+    qkv_bias: bool
+    shift: bool                    # the head at position i scores token i + 1
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    bos_id: int | None = None
+    eot_id: int | None = None      # end of a chat turn
+
+
+LLADA = Config("llada", vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096,
+               d_ff=12288, norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False,
+               shift=False, mask_id=126336, eos_id=126081, pad_id=126081, bos_id=126080,
+               eot_id=126348)
+DREAM = Config("dream", vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584,
+               d_ff=18944, norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True,
+               shift=True, mask_id=151666, eos_id=151643, pad_id=151643, bos_id=151665,
+               eot_id=151645)
+TINY = Config("tiny", vocab_size=304, n_layer=1, n_head=4, n_kv_head=4, d_model=64, d_ff=192,
+              norm_eps=1e-5, rope_theta=100.0, rope_fp32=True, qkv_bias=False, shift=False,
+              mask_id=302, eos_id=303, pad_id=303)
+PRESETS = {                        # architecture, repository on huggingface.co
+    "tiny": (TINY, None),
+    "llada-base": (LLADA, "GSAI-ML/LLaDA-8B-Base"),
+    "llada": (LLADA, "GSAI-ML/LLaDA-8B-Instruct"),
+    "llada-1.5": (LLADA, "GSAI-ML/LLaDA-1.5"),
+    "dream-base": (DREAM, "Dream-org/Dream-v0-Base-7B"),
+    "dream": (DREAM, "Dream-org/Dream-v0-Instruct-7B"),
+}
+
+
+class Context(NamedTuple):
+    """What all layers share in one pass."""
+    cos: torch.Tensor              # (1 or B, 1, T, head_dim)
+    sin: torch.Tensor
+    mask: torch.Tensor | None      # (B, 1, 1, T), True where a key may be attended
+
+
+class RMSNorm(nn.Module):
+    """Statistics in float32, cast back, then the weight: the order of both originals."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
+    y = x.to(cos.dtype)
+    first, second = y.chunk(2, dim=-1)
+    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """Attention and SwiGLU, each behind a norm and added to the residual stream."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim, self.grouped = c.d_model // c.n_head, c.n_kv_head != c.n_head
+        d_kv = c.n_kv_head * self.head_dim
+        self.attn_norm, self.mlp_norm = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+        self.q = nn.Linear(c.d_model, c.d_model, bias=c.qkv_bias)
+        self.k, self.v = (nn.Linear(c.d_model, d_kv, bias=c.qkv_bias) for _ in range(2))
+        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.gate, self.up = (nn.Linear(c.d_model, c.d_ff, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        h = self.attn_norm(x)                                                  # (B, T, D)
+        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+                   for p in (self.q, self.k, self.v))                          # (B, H, T, head_dim)
+        q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, context.mask, enable_gqa=self.grouped)
+        x = x + self.out(y.transpose(1, 2).flatten(2))                         # (B, T, D)
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class Backbone(nn.Module):
+    """Masked-diffusion transformer: token ids to logits, every position sees every other."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False          # recompute each layer in the backward pass
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        for p in self.parameters():
+            if p.dim() == 2 and not p.is_meta:
+                nn.init.normal_(p, std=0.1)
+
+    def embed(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+              ) -> tuple[torch.Tensor, Context]:
+        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D) and the context.
+        Dream counts positions from the first real token, LLaDA from the first column."""
+        c, h, mask = self.config, self.embedding(ids), None
+        position = torch.arange(ids.shape[1], device=ids.device)[None]                 # (1, T)
+        if attention_mask is not None:
+            mask = attention_mask.bool()[:, None, None, :]
+            if c.kind == "dream":
+                position = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)
+        d = c.d_model // c.n_head
+        inverse = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=ids.device).float() / d)
+        angle = (position[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
+        dtype = torch.float32 if c.rope_fp32 else h.dtype
+        return h, Context(angle.cos().to(dtype), angle.sin().to(dtype), mask)
+
+    def run(self, h: torch.Tensor, context: Context, start: int, stop: int) -> torch.Tensor:
+        """Layers start..stop-1 on the residual stream h (B, T, D)."""
+        for layer in self.layers[start:stop]:
+            if self.checkpointing and h.requires_grad:
+                h = checkpoint(layer, h, context, use_reentrant=False)
+            else:
+                h = layer(h, context)
+        return h
+
+    def pick(self, h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Align h with the tokens it scores (undo the shift), then keep rows, a bool (B, T)."""
+        if self.config.shift:
+            h = torch.cat((h[:, :1], h[:, :-1]), dim=1)
+        return h if rows is None else h[rows]                                  # (B, T, D) or (N, D)
+
+    def head(self, h: torch.Tensor) -> torch.Tensor:
+        """Picked h (..., D) -> logits (..., V)."""
+        return self.lm_head(self.norm(h))
+
+    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, T, V), or (N, V) at rows; logits[:, i] scores token i, for Dream too."""
+        h, context = self.embed(ids, attention_mask)
+        return self.head(self.pick(self.run(h, context, 0, len(self.layers)), rows))
+
+
+# ----------------------------------------------------------------------------------- weights
+# A checkpoint folder holds config.json, *.safetensors (with or without an index) and, but for
+# tiny, the tokeniser's files. Below: our names and theirs.
+
+CONFIG_KEYS = {
+    "llada": dict(n_layer="n_layers", n_head="n_heads", n_kv_head="n_kv_heads", d_model="d_model",
+                  d_ff="mlp_hidden_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
+                  rope_fp32="rope_full_precision", qkv_bias="include_qkv_bias"),
+    "dream": dict(n_layer="num_hidden_layers", n_head="num_attention_heads",
+                  n_kv_head="num_key_value_heads", d_model="hidden_size",
+                  d_ff="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta"),
+}
+CONFIG_FIXED = {                   # under other settings their model is not the architecture above
+    "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
+                  alibi=False, include_bias=False, attention_layer_norm=False, weight_tying=False,
+                  scale_logits=False, input_emb_norm=False),
+    "dream": dict(hidden_act="silu", tie_word_embeddings=False, rope_scaling=None,
+                  use_sliding_window=False, use_mrope=False),
+}
+TENSOR_NAMES = {
+    "llada": {
+        "embedding": "model.transformer.wte", "norm": "model.transformer.ln_f",
+        "lm_head": "model.transformer.ff_out", "layers": "model.transformer.blocks",
+        "attn_norm": "attn_norm", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "attn_out",
+        "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out"},
+    "dream": {
+        "embedding": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
+        "layers": "model.layers", "attn_norm": "input_layernorm", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
+        "down": "mlp.down_proj"},
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def original_name(kind: str, name: str) -> str:
+    """The name in a released checkpoint of our parameter `name`."""
+    if kind == "tiny":
+        return name
+    table, (stem, leaf) = TENSOR_NAMES[kind], name.rsplit(".", 1)
+    if stem.startswith("layers."):
+        _, i, part = stem.split(".", 2)
+        return f"{table['layers']}.{i}.{table[part]}.{leaf}"
+    return f"{table[stem]}.{leaf}"
+
+
+def read_json(path: Path, text: bytes | None = None, pairs: Callable | None = None) -> dict:
+    """The JSON object in a file, or in text, which is a part of it."""
+    try:
+        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=pairs)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); fetch the file again")
+    ensure(isinstance(value, dict), f"{path} holds no JSON object; fetch the file again")
+    return value
+
+
+def read_config(folder: Path) -> Config:
+    """The architecture that a folder's config.json describes."""
+    path = folder / "config.json"
+    found = read_json(path)
+    kind = str(found.pop("model_type", None)).lower()
+    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada, Dream or tiny")
+    for key, want in CONFIG_FIXED.get(kind, {}).items():
+        ensure(found.get(key, want) == want, f"{path} sets {key} to {found.get(key)!r}; only {want!r} "
+               "is implemented")
+    try:
+        if kind == "tiny":
+            config = Config(**found)
+        else:
+            if kind == "llada":
+                found["n_kv_heads"] = found.get("n_kv_heads") or (
+                    1 if found.get("multi_query_attention") else found["n_heads"])
+                found["mlp_hidden_size"] = found.get("mlp_hidden_size") or (
+                    found["mlp_ratio"] * found["d_model"])
+            base, vocab = PRESETS[kind][0], found.get("embedding_size") or found["vocab_size"]
+            ids = {ours: i if i is not None and i < vocab else None
+                   for ours, i in (("bos_id", base.bos_id), ("eot_id", base.eot_id))}
+            ids |= {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
+            values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
+            config = replace(base, vocab_size=vocab, **values, **ids)
+        c, largest = config, max(config.mask_id, config.eos_id, config.pad_id)
+        sizes = [c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff]
+        sound = (all(type(n) is int and n > 0 for n in sizes) and c.d_model % (2 * c.n_head) == 0
+                 and c.n_head % c.n_kv_head == 0 and 0 <= largest < c.vocab_size
+                 and c.norm_eps > 0 and c.rope_theta > 0)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} does not describe a {kind} backbone ({error!r}); fetch it again")
+    ensure(sound, f"{path} has sizes that do not fit together, {sizes}; fetch it again")
+    return config
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
+    """Name -> (dtype, shape, first byte, end byte) of a safetensors file, checked in full.
+    Layout: 8-byte little-endian header length, JSON header, then the tensors without a gap."""
+    def fail(what: str) -> NoReturn:
+        raise InputError(f"{path} is not a sound safetensors file: {what}; fetch it again")
+
+    def unique(pairs: list) -> dict:
+        return dict(pairs) if len(dict(pairs)) == len(pairs) else fail("a name stands twice in its header")
+
+    try:
+        with open(path, "rb") as file:
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, 100_000_000):
+                fail(f"it announces a header of {length:,} bytes in a file of {size:,}")
+            header = read_json(path, file.read(length), unique)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); fetch it again")
+    entries, end = {}, 8 + length
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        try:
+            shape, (start, stop) = entry["shape"], entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            sound = all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
+        except (KeyError, TypeError, ValueError):
+            fail(f"tensor {name!r} has the entry {str(entry)[:80]}, not a float dtype, shape and offsets")
+        if not sound or stop - start != math.prod(shape) * dtype.itemsize:
+            fail(f"tensor {name!r} of shape {str(shape)[:80]} has the bytes {start} to {stop}")
+        entries[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
+    for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if start != end:
+            fail(f"tensor {name!r} starts at byte {start:,}, the one before ends at {end:,}")
+        end = stop
+    if end != size:
+        fail(f"its header ends at byte {end:,}, the file at {size:,}")
+    return entries
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index lists, or all."""
+    index, names = folder / "model.safetensors.index.json", []
+    if index.exists():
+        listed = read_json(index).get("weight_map")
+        ensure(isinstance(listed, dict) and all(isinstance(f, str) and f == os.path.basename(f)
+                                                for f in listed.values()),
+               f"{index} has no weight_map of plain file names; fetch it again")
+        names = sorted(set(listed.values()))
+    return [folder / name for name in names] or sorted(folder.glob("*.safetensors"))
+
+
+def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
+                  dtype: torch.dtype | None = None) -> Backbone:
+    """The frozen backbone of a checkpoint folder or preset, in eval mode.
+
+    Headers and shapes are checked before anything is read; then every tensor goes from the mapped
+    file to its place on the device, one at a time. dtype: bfloat16 on a GPU, else that of the file.
+    """
+    folder = find_weights(path_or_preset)
+    config, source = read_config(folder), {}
+    for path in shard_paths(folder):
+        for name, entry in read_header(path).items():
+            ensure(name not in source, f"{path} repeats tensor {name!r} of another file; fetch it again")
+            source[name] = (path, *entry)
+    with torch.device("meta"):
+        backbone = Backbone(config)
+    shapes = {original_name(config.kind, n): list(p.shape) for n, p in backbone.named_parameters()}
+    for name in sorted(shapes.keys() ^ source.keys()):
+        raise InputError(f"{folder} {'lacks' if name in shapes else 'also holds'} tensor {name!r}; "
+                         "config.json and *.safetensors must belong together")
+    for name, (path, found, shape, *_) in source.items():
+        ensure(shape == shapes[name], f"{path} holds {name!r} with shape {shape} where config.json "
+               f"asks for {shapes[name]}; they must belong together")
+    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else found)
+    backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    for ours, p in backbone.named_parameters():
+        path, found, shape, start, stop = source[original_name(config.kind, ours)]
+        raw = np.memmap(path, np.uint8, mode="c", offset=start, shape=(stop - start,))
+        p.copy_(torch.from_numpy(raw).view(found).view(shape))
+    return backbone
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(file) into a temporary file that then takes the name path: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(part, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def save_backbone(backbone: Backbone, folder: Path) -> None:
+    """Write a tiny backbone as a checkpoint folder that load_backbone reads, in float32."""
+    header, data, end = {}, [], 0
+    for name, p in backbone.named_parameters():
+        data.append(p.detach().float().cpu().numpy().tobytes())
+        header[name] = dict(dtype="F32", shape=list(p.shape), data_offsets=[end, end + len(data[-1])])
+        end += len(data[-1])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = {"model.safetensors": len(text).to_bytes(8, "little") + text + b"".join(data),
+               "config.json": json.dumps({"model_type": "tiny", **asdict(backbone.config)}).encode()}
+    for name, value in content.items():
+        write_atomically(folder / name, lambda file: file.write(value))
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
+
+
+def find_weights(path_or_preset: str | Path) -> Path:
+    """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download."""
+    folder, (_, repo) = Path(path_or_preset), PRESETS.get(str(path_or_preset), (None, None))
+    if repo is None:
+        ensure(folder.is_dir(), f"{folder} is no folder and none of {', '.join(PRESETS)}; give one of "
+               "these, or for tiny run first: python train.py")
+        return folder
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cached = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    cached /= f"models--{repo.replace('/', '--')}"
+    if (cached / "refs" / "main").is_file():
+        snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
+        shards = shard_paths(snapshot)
+        if (snapshot / "config.json").exists() and shards and all(p.exists() for p in shards):
+            return snapshot
+    return download_repository(repo, cache_folder() / repo.replace("/", "--"))
+
+
+def fetch(url: str, part: Path) -> None:
+    """One try to add to the file `part` what is missing of url."""
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "metastate"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
+    if os.environ.get("HF_TOKEN") and url.startswith(endpoint):     # not for hosts redirected to
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        start *= response.status == 206                             # else it comes from the beginning
+        total = start + int(response.headers.get("Content-Length") or 0)
+        with open(part, "ab" if start else "wb") as file, tqdm(
+                total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < total:
+        raise OSError(f"the connection ended at {part.stat().st_size:,} of {total:,} bytes")
+
+
+def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
+             tries: int = 5) -> None:
+    """Fetch url into path by way of path.part, which another try or a later call goes on from.
+    Raises InputError when refused, or when size or sha256 are still wrong after all tries."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, trouble = path.with_name(path.name + ".part"), ""
+    for attempt in range(tries):
+        time.sleep(attempt and min(2 ** attempt, 30))
+        try:
+            if not (size and part.exists() and part.stat().st_size == size):
+                fetch(url, part)
+        except urllib.error.HTTPError as error:
+            ensure(error.code in (416, 429) or error.code >= 500, f"{url} answered {error.code} "
+                   f"{error.reason}; check the address, and HF_TOKEN where the repository needs one")
+            if error.code == 416:                                   # our part is longer than the file
+                part.unlink()
+            trouble = f"it answered {error.code}"
+            continue
+        except (OSError, http.client.HTTPException) as error:
+            trouble = str(error)
+            continue
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
+        if size is not None and part.stat().st_size != size:
+            trouble = f"{part.stat().st_size:,} bytes came where {size:,} were announced"
+        elif digest != sha256:
+            trouble = "the sha256 of what came is not the one announced"
+        else:
+            return os.replace(part, path)
+        part.unlink()
+    raise InputError(f"{url} could not be fetched in {tries} tries ({trouble}); run again to go on")
+
+
+def download_repository(repo: str, folder: Path) -> Path:
+    """Fetch a model repository's config, weights and tokeniser into folder, at one revision."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    if (folder / "complete").exists():
+        return folder
+    download(f"{endpoint}/api/models/{repo}?blobs=true", folder / "listing")
+    found = read_json(folder / "listing")
+    (folder / "listing").unlink()
+    try:
+        files = {f["rfilename"]: (f["size"], (f.get("lfs") or {}).get("sha256"))
+                 for f in found["siblings"]
+                 if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", f["rfilename"])}
+        revision, total = found["sha"], sum(size for size, _ in files.values())
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{endpoint} lists {repo} in an unknown form; check HF_ENDPOINT, or fetch the "
+                         "folder by other means and give it with --weights")
+    print(f"{repo}: {len(files)} files, {total / 1e9:.1f} GB, into {folder}", file=sys.stderr)
+    for name, (size, sha256) in files.items():
+        if not (folder / name).exists():
+            download(f"{endpoint}/{repo}/resolve/{revision}/{name}", folder / name, size, sha256)
+    write_atomically(folder / "complete", lambda file: file.write(b""))
+    return folder
+
+
+# --------------------------------------------------------------------------------- tokeniser
+
+PATTERNS = {
+    "llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
+             r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "dream": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+TEMPLATES = {                      # start, every message, where the assistant begins
+    "llada": ("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+              "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "dream": ("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "tiny": ("", "{content}\nAnswer:", ""),
+}
+# tiny: 256 bytes, and the words of the built-in problems
+TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
+              "\n####", " red", " blue", " gold", " green", " black", " white", " pink", " brown"]
+TINY_WORDS += [f" {digit}" for digit in range(10)]
+
+
+class Tokenizer:
+    """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
+
+    def __init__(self, kind: str, encoding: tiktoken.Encoding, hidden: set[int], nfc: bool):
+        self.kind, self.encoding, self.hidden, self.nfc = kind, encoding, hidden, nfc
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Ids of text; no start token is added. special=False takes control tokens as plain text."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = text.encode("utf-8", "replace").decode()          # lone surrogates have no bytes
+        return self.encoding.encode(text, allowed_special="all" if special else set(),
+                                    disallowed_special=())
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of ids; ids without a token (padded embedding rows) and broken bytes become U+FFFD."""
+        def piece(i: int) -> bytes:
+            try:
+                return self.encoding.decode_single_token_bytes(i)
+            except KeyError:
+                return b"\xff"
+        kept = (piece(i) for i in ids if not (skip_special and i in self.hidden))
+        return b"".join(kept).decode("utf-8", "replace")
+
+    def chat(self, messages: list[dict[str, str]], special: bool = False) -> list[int]:
+        """Prompt ids of messages [{role, content}], ending where the assistant speaks. By default
+        roles and contents are plain text: no user can write a control token."""
+        start, turn, end = TEMPLATES[self.kind]
+        if self.kind == "llada":
+            messages = [m | {"content": m["content"].strip()} for m in messages]
+        if self.kind == "dream" and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
+        return [i for text, m in [(start, {}), *((turn, m) for m in messages), (end, {})]
+                for part in re.split(r"(<\|\w+\|>)", text)
+                for i in self.encode(part.format(**m), special or part.startswith("<|"))]
+
+
+def tiny_tokenizer() -> Tokenizer:
+    ranks = {bytes([i]): i for i in range(256)}
+    for word in TINY_WORDS:
+        ranks.setdefault(word.encode(), len(ranks))
+    pattern = "|".join(re.escape(word) for word in TINY_WORDS) + r"|[\s\S]"
+    special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
+    encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
+
+
+def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
+    """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt and
+    tokenizer_config.json) or preset. Raises InputError where its files are not of the known form."""
+    if str(path_or_preset) == "tiny":
+        return tiny_tokenizer()
+    folder = find_weights(path_or_preset)
+    kind = read_config(folder).kind
+    if kind == "tiny":
+        return tiny_tokenizer()
+    # GPT-2's printable names of the 256 bytes: those without one of their own follow from U+0100
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in shown} | {
+        chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(shown)))}
+    try:
+        if kind == "llada":
+            found = read_json(folder / "tokenizer.json")
+            vocab, merges = found["model"]["vocab"], found["model"]["merges"]
+            split = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+            normalizer = found["normalizer"] and found["normalizer"]["type"]
+            added = {t["content"]: (t["id"], t["special"]) for t in found["added_tokens"]}
+        else:
+            split, normalizer, vocab = PATTERNS[kind], "NFC", read_json(folder / "vocab.json")
+            merges = (folder / "merges.txt").read_text("utf-8").removesuffix("\n").split("\n")
+            merges = merges[merges[0].startswith("#version"):]
+            table = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+            added = {t["content"]: (int(i), t["special"]) for i, t in table.items()}
+        if split != PATTERNS[kind] or normalizer not in (None, "NFC"):
+            raise ValueError(f"it splits by {split!r} after {normalizer!r}")
+        for rank, merge in enumerate(merges):
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if vocab[left + right] != 256 + rank:
+                raise ValueError(f"merge {rank} is token {vocab[left + right]}, not {256 + rank}")
+        n = 256 + len(merges)
+        ranks = {bytes(byte_of[char] for char in token): i for token, i in vocab.items() if i < n}
+        if sorted(ranks.values()) != list(range(n)):
+            raise ValueError(f"its ids are not 0 to {n - 1}")
+        encoding = tiktoken.Encoding(kind, pat_str=PATTERNS[kind], mergeable_ranks=ranks,
+                                     special_tokens={text: i for text, (i, _) in added.items()})
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{folder} holds no {kind} tokeniser, a byte-level BPE with id = 256 + merge "
+                         f"rank ({error!r}); fetch its tokeniser files again")
+    return Tokenizer(kind, encoding, {i for i, hide in added.values() if hide}, normalizer == "NFC")
