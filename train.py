@@ -222,10 +222,10 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
 
 
 def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryless: MetaState,
-          split: str, out: Path) -> None:
-    """Accuracy of the frozen backbone, MetaState and its controls on the same 1,000 problems, by
+          split: str, n: int, out: Path) -> None:
+    """Accuracy of the frozen backbone, MetaState and its controls on the same n problems, by
     number of denoising steps; printed, and saved as table.md and, by problem, table.json."""
-    problems = dial_problems(split, 1000)
+    problems = dial_problems(split, n)
     rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"),
             "memory reset": (memory, "reset"), "memory shuffled": (memory, "shuffle"),
             "memoryless-trained": (memoryless, "reset")}
@@ -263,7 +263,6 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="JSON lines of question/answer, messages or prompt/completion "
         "(default for tiny: the built-in problems)")
     add("--max-length", type=int, help="tokens; longer examples are dropped")
-    add("--split", default="test", choices=("valid", "test"), help="of the table's problems")
     add = parser.add_argument_group("unrolling").add_argument
     add("--K", type=int, help="denoising steps of a trajectory (default: tiny 6, else 4)")
     add("--lam", type=float, default=0.5, help="weight of the dense loss, against the reveal loss")
@@ -279,9 +278,11 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=float)
     for name, value in (("warmup", 100), ("weight-decay", 0.01), ("clip", 1.0)):
         add("--" + name, type=type(value), default=value)
-    add = parser.add_argument_group("tiny backbone").add_argument
+    add = parser.add_argument_group("tiny backbone and table").add_argument
     for name, value in (("backbone-iters", 3000), ("backbone-batch", 128), ("backbone-lr", 3e-3)):
         add("--" + name, type=type(value), default=value)
+    add("--split", default="test", choices=("valid", "test"), help="where the problems are from")
+    add("--problems", type=int, default=1000, help="in the table (0: no table)")
     args = parser.parse_args()
     for key, value in DEFAULTS["tiny" if args.init == "tiny" else "8b"].items():
         if getattr(args, key) is None:
@@ -300,7 +301,7 @@ def main() -> None:
     ensure(tiny or args.data, f"--init {args.init} needs examples to train on; give --data FILE.jsonl")
     settings = {key: str(value) for key, value in vars(args).items() if key not in (
         "out", "resume", "save_every", "weights", "device", "compile", "split", "accumulate",
-        "no_checkpointing")}
+        "no_checkpointing", "problems")}
     about = {"backbone": args.init, "settings": settings}
 
     # 1. the frozen backbone: off the shelf, or for tiny one of our own, trained as LLaDA is
@@ -334,8 +335,8 @@ def main() -> None:
             about | {"config": asdict(trained[-1].config)}, args, args.iters, args.lr)
 
     # 3. the table
-    if tiny and rank == 0:
-        table(backbone, tokenizer, *(model.eval() for model in trained), args.split, out)
+    if tiny and rank == 0 and args.problems:
+        table(backbone, tokenizer, *(model.eval() for model in trained), args.split, args.problems, out)
 
 
 if __name__ == "__main__":
