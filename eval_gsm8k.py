@@ -1,8 +1,8 @@
 """Score GSM8K-style problems: python eval_gsm8k.py [--init llada] [--data test.jsonl]
 
-Without arguments: the newest checkpoint on the built-in problems. Results go problem by problem
-into a JSONL file that a second run continues from; two such files are compared with
---compare A B. Prompts and answer rules are those of lm-evaluation-harness (tasks gsm8k, gsm8k_cot).
+Without arguments: the newest checkpoint on the built-in problems. Every answer is appended to a
+JSONL file, which another run continues from; --compare A B pairs two such files. Prompts and
+answer rules are those of lm-evaluation-harness (tasks gsm8k and gsm8k_cot).
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
@@ -22,49 +23,38 @@ from metastate import MetaState, model_arguments, open_models
 from model import (Backbone, InputError, Tokenizer, cache_folder, download, ensure, run_program,
                    start_device, write_atomically)
 
-# ------------------------------------------------------------------------- the built-in problems
-# A dial shows a digit; each button has a rule that takes every digit to another. The rules are
-# fixed random permutations: nothing shortens the chain, one look-up needs the one before it.
-
+# The built-in problems: a dial shows a digit, and each button has a rule that takes every digit to
+# another. The rules are fixed random permutations, so that nothing shortens the chain of look-ups.
 BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
 SPLITS = {"test": (0, 2000), "valid": (2000, 3000), "train": (3000, 10 * len(BUTTONS) ** PRESSES)}
 
-
 def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
-    """The first n problems of a split, as {question, answer}. All problems there are stand in one
-    fixed random order, cut into splits: no question is in two of them."""
-    start, stop = SPLITS[split]
-    order = np.random.default_rng(2026).permutation(SPLITS["train"][1])[start:stop]
-    problems = []
-    for number in order[:n].tolist():
+    """The first n problems of a split, {question, answer}. All that exist stand in one fixed random
+    order which the splits cut up: no question is in two of them."""
+    order, problems = np.random.default_rng(2026).permutation(SPLITS["train"][1]), []
+    for number in order[slice(*SPLITS[split])][:n].tolist():
         number, digit = divmod(number, 10)
-        presses = [number // len(BUTTONS) ** i % len(BUTTONS) for i in range(PRESSES)]
-        names = [BUTTONS[i] for i in presses]
-        question = f"The dial shows {digit}. Press {', then press '.join(names)}."
-        hops = []
-        for i in presses:
+        pressed = [number // len(BUTTONS) ** i % len(BUTTONS) for i in range(PRESSES)]
+        names = ", then press ".join(BUTTONS[i] for i in pressed)
+        question, hops = f"The dial shows {digit}. Press {names}.", []
+        for i in pressed:
             digit = RULES[i][digit]
             hops.append(f" {BUTTONS[i]} gives {digit}")
         problems.append({"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"})
     return problems
-
-
-# --------------------------------------------------------------------------- prompts and answers
-
 
 @dataclass(frozen=True)
 class Protocol:
     """How a problem is put, denoised and scored; settings go to diffusion.generate."""
     question: str                          # the text of one question
     rule: str                              # see extract
-    stops: tuple[str, ...] = ()            # the answer ends at the first of these
+    stops: tuple[str, ...]                 # the answer ends at the first of these
     shots: int = 0                         # solved examples before it, from the train file
     chat: bool = False                     # all of it as one user turn of the chat template
     start: str = ""                        # control token before the text
     settings: dict = field(default_factory=dict)
-
 
 PLAIN, COT, LONG = "Question: {}\nAnswer:", "Q: {}\nA:", dict(gen_length=256, steps=256)
 STOPS, END = ("</s>", "<|im_end|>"), "<|endoftext|>"
@@ -84,104 +74,84 @@ PROTOCOLS = {
 }
 DEFAULT_PROTOCOL = {"tiny": "dial", "llada-base": "gsm8k", "llada": "chat-few-shot",
                     "llada-1.5": "chat-few-shot", "dream-base": "gsm8k-cot", "dream": "chat"}
-RULES_OF_ANSWERS = {
-    "strict": (r"#### (\-?[0-9\.\,]+)", 0),                    # first match
+ANSWER_RULES = {                           # pattern, which match
+    "strict": (r"#### (\-?[0-9\.\,]+)", 0),
     "cot_strict": (r"The answer is (\-?[0-9\.\,]+).", 0),
-    "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),          # last match
+    "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
     "numeric": (r"-?\$?\d[\d,]*(?:\.\d+)?", -1),
 }
-
 
 def extract(text: str, rule: str) -> str:
     """The answer in a text, or "[invalid]". strict, cot_strict and flexible as lm-eval's filters
     strict-match (gsm8k, gsm8k_cot) and flexible-extract compute them; numeric: the last number."""
-    pattern, which = RULES_OF_ANSWERS[rule]
+    pattern, which = ANSWER_RULES[rule]
     found = re.findall(pattern, text)
     if not found:
         return "[invalid]"
-    groups = [found[which]] if isinstance(found[which], str) else found[which]
-    return next(group for group in groups if group).strip()
-
+    return found[which] if isinstance(found[which], str) else next(filter(None, found[which]))
 
 def is_correct(answer: str, gold: str, rule: str) -> bool:
-    """Whether an extracted answer equals the data set's full answer: as strings after lm-eval's
-    deletions; with rule "numeric" as numbers, so that 18, 18.00, $18 and 18. are the same."""
-    def plain(text: str) -> str:
-        for pattern in (",", r"\$", "(?s).*#### ", r"\.$"):
-            text = re.sub(pattern, "", text)
-        return text.lower()
-
-    if rule != "numeric" or answer == "[invalid]":
-        return plain(answer) == plain(gold)
+    """Whether an extracted answer is that of the data set's full answer: as strings after lm-eval's
+    deletions, or by the rule numeric as numbers, so that 18, 18.00, $18 and 18. are the same."""
+    a, b = (re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()
+            for text in (answer, gold))
     try:
-        return float(plain(answer)) == float(plain(gold))
+        return a == b if rule != "numeric" else float(a) == float(b)
     except ValueError:
         return False
-
-
-# ----------------------------------------------------------------------------------- problems
 
 GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/"
          "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/")
 SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
           "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"}
 
-
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON-lines file; a bad one is named."""
-    try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a JSON-lines file in UTF-8")
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                found.append((number, json.loads(line)))
-                ensure(isinstance(found[-1][1], dict), f"{path} line {number} is no JSON object; mend it")
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} line {number} is no JSON ({error}); mend or remove it")
-    ensure(found, f"{path} is empty; give a file with one JSON object a line")
-    return found
-
-
-def read_problems(path: Path) -> list[dict[str, str]]:
-    """GSM8K's form: question and answer, both text, on every line."""
-    problems = read_jsonl(path)
-    for number, p in problems:
-        ensure(all(isinstance(p.get(key), str) for key in ("question", "answer")),
-               f"{path} line {number} lacks the text question or answer; mend or remove it")
-    return [p for _, p in problems]
-
-
 def gsm8k_file(name: str) -> Path:
+    """GSM8K's own file, fetched once."""
     path = cache_folder() / "gsm8k" / name
     if not path.exists():
         download(GSM8K + name, path, sha256=SHA256[name])
     return path
 
+def read_jsonl(path: Path) -> list[tuple[int, dict]]:
+    """(line number, object) for every line of a JSON-lines file; a bad one is named."""
+    found = []
+    try:
+        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+            if line.strip():
+                found.append((number, json.loads(line)))
+                ensure(isinstance(found[-1][1], dict), f"{path} line {number} is no JSON object; mend it")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); give a JSON-lines file in UTF-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} line {number} is no JSON ({error}); mend or remove it")
+    ensure(found, f"{path} is empty; give a file with one JSON object a line")
+    return found
+
+def read_problems(path: Path) -> list[dict[str, str]]:
+    """GSM8K's form: question and answer, both text, on every line."""
+    for number, p in (problems := read_jsonl(path)):
+        ensure(isinstance(p.get("question"), str) and isinstance(p.get("answer"), str),
+               f"{path} line {number} lacks the text question or answer; mend or remove it")
+    return [p for _, p in problems]
 
 def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list[dict]) -> list[int]:
     """Token ids of a problem under a protocol, the solved examples before it."""
-    answers = [shot["answer"] for shot in shots]
-    if protocol.question == COT:
-        answers = [re.sub(r"<<.*?>>", "", a).replace("\n#### ", "\nThe answer is ") + "."
-                   for a in answers]
-    parts = [protocol.question.format(shot["question"]) + " " + a for shot, a in zip(shots, answers)]
+    parts = []
+    for shot in shots:
+        answer = shot["answer"]
+        if protocol.question == COT:
+            answer = re.sub("<<.*?>>", "", answer).replace("\n#### ", "\nThe answer is ") + "."
+        parts.append(protocol.question.format(shot["question"]) + " " + answer)
     text = "\n\n".join(parts + [protocol.question.format(problem["question"])])
     if protocol.chat:
         return tokenizer.chat([{"role": "user", "content": text}])
     return tokenizer.encode(protocol.start) + tokenizer.encode(text, special=False)
 
-
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
              todo: list[int] | None = None, shots: list[dict] = (), memory: MetaState | None = None,
-             carry: str = "keep", batch_size: int = 32, seed: int = 0, **settings):
-    """Answer problems[i] for i in todo (default: all); yields {index, text, answer, correct}.
-
-    settings override the protocol's for diffusion.generate. No answer depends on its batch, but
-    for carry="shuffle".
-    """
+             carry: str = "keep", batch_size: int = 32, seed: int = 0, **settings) -> Iterator[dict]:
+    """Answer problems[i] for i in todo (default: all), yielding {index, text, answer, correct};
+    settings override the protocol's. No answer depends on its batch, but for carry="shuffle"."""
     device, pad = backbone.embedding.weight.device, backbone.config.pad_id
     todo = range(len(problems)) if todo is None else todo
     for first in range(0, len(todo), batch_size):
@@ -201,29 +171,22 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
             yield {"index": i, "text": text, "answer": answer,
                    "correct": is_correct(answer, problems[i]["answer"], protocol.rule)}
 
-
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a proportion."""
     p, z = right / n, 1.96
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
-
 def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
     """Mean of b - a on the same problems, and its 95 % bootstrap interval (10,000 resamples)."""
     difference = np.asarray(b, float) - np.asarray(a, float)
-    values, weights = np.unique(difference, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(difference), weights / len(difference), 10_000)
-    low, high = np.quantile(draws @ values / len(difference), (0.025, 0.975))
-    return float(difference.mean()), float(low), float(high)
-
-
-# ------------------------------------------------------------------------------------ results
-
+    values, counts = np.unique(difference, return_counts=True)
+    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), 10_000)
+    return (difference.mean(), *np.quantile(draws @ values / counts.sum(), (0.025, 0.975)))
 
 def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     """The setting that a results file was made with, and its results by problem. Lines that a kill
-    cut short are passed over: their problems are answered again."""
+    cut short are passed over; their problems are answered again."""
     rows = []
     try:
         for line in path.read_bytes().split(b"\n"):
@@ -235,41 +198,36 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     except (OSError, LookupError, TypeError) as error:
         raise InputError(f"{path} holds no results ({error!r}); give a file that eval_gsm8k.py wrote")
 
-
 def compare(a: Path, b: Path) -> None:
-    """Print the paired difference of two result files on the problems that both have."""
+    """Print the paired difference of two results files on the problems that both have."""
     (_, first), (_, second) = read_results(a), read_results(b)
-    both = sorted(first.keys() & second.keys())
+    both = first.keys() & second.keys()
     ensure(both, f"{a} and {b} have no problem in common; compare runs on the same data")
     x, y = ([rows[i]["correct"] for i in both] for rows in (first, second))
     difference, low, high = (100 * value for value in paired_interval(x, y))
     print(f"{len(both)} problems: {np.mean(x):.1%} -> {np.mean(y):.1%}, {difference:+.1f} points "
           f"[{low:+.1f}, {high:+.1f}] (95 %, paired)")
 
+SAMPLING = {"steps": int, "gen_length": int, "block_length": int, "temperature": float,
+            "threshold": float, "remasking": str}
 
 def run(args: argparse.Namespace) -> None:
-    """Answer what is not answered yet, every process its share, and print the score. All append
-    whole lines to one file."""
+    """Answer what is not answered yet, every process its share, and print the score."""
     device, rank, world = start_device(args.device)
     backbone, tokenizer, memory, names = open_models(args, device)
     name = args.protocol or DEFAULT_PROTOCOL.get(names["init"], DEFAULT_PROTOCOL[backbone.config.kind])
     protocol = PROTOCOLS[name] if args.rule is None else replace(PROTOCOLS[name], rule=args.rule)
-    if args.data is None and backbone.config.kind == "tiny":
-        problems = dial_problems("test", 1000)
-    else:
-        problems = read_problems(args.data or gsm8k_file("test.jsonl"))
-    problems, shots = problems[:args.limit], []
+    problems = (dial_problems("test", 1000) if args.data is None and backbone.config.kind == "tiny"
+                else read_problems(args.data or gsm8k_file("test.jsonl")))[:args.limit]
+    shots = []
     if protocol.shots:
         near = args.data and args.data.with_name("train.jsonl")
-        train = read_problems(near if near and near.exists() else gsm8k_file("train.jsonl"))
-        shots = train[:protocol.shots]
+        shots = read_problems(near if near and near.exists() else gsm8k_file("train.jsonl"))
     given = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
     setting = {**names, "data": str(args.data), "problems": len(problems), "protocol": name,
                "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
                **protocol.settings, **given}
-    out = args.out or Path("out/eval") / f"{Path(names['init']).name}-{name}.jsonl"
-
-    done = {}
+    out, done = args.out or Path("out/eval") / f"{Path(names['init']).name}-{name}.jsonl", {}
     if out.exists():
         found, done = read_results(out)
         for key in setting:
@@ -280,25 +238,20 @@ def run(args: argparse.Namespace) -> None:
     todo, begin = [i for i in range(len(problems)) if i not in done][rank::world], time.time()
     if world > 1:
         torch.distributed.barrier()                    # all have read before anyone writes
-    with open(out, "ab", buffering=0) as file:
+    with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
         file.write(b"\n")                              # ends a line that a kill cut short
-        for row in tqdm(evaluate(backbone, tokenizer, problems, protocol, todo=todo, shots=shots,
-                                 memory=memory, carry=args.carry, batch_size=args.batch_size,
-                                 seed=args.seed, **given), total=len(todo), disable=rank > 0):
+        answers = evaluate(backbone, tokenizer, problems, protocol, todo=todo, memory=memory,
+                           shots=shots[:protocol.shots], carry=args.carry, seed=args.seed,
+                           batch_size=args.batch_size, **given)
+        for row in tqdm(answers, total=len(todo), disable=rank > 0):
             file.write(json.dumps(row).encode() + b"\n")
     if world > 1:
         torch.distributed.barrier()
     if rank == 0:
-        rows = read_results(out)[1].values()
-        right, n = sum(row["correct"] for row in rows), len(rows)
+        right, n = sum(row["correct"] for row in read_results(out)[1].values()), len(problems)
         low, high = wilson(right, n)
         print(f"{json.dumps(setting)}\n{right} of {n} correct: {right / n:.1%} "
               f"[{low:.1%}, {high:.1%}] in {time.time() - begin:.0f} s -> {out}")
-
-
-SAMPLING = {"steps": int, "gen_length": int, "block_length": int, "temperature": float,
-            "threshold": float, "remasking": str}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -307,7 +260,7 @@ def main() -> None:
     add("--data", type=Path, help="JSON lines of question and answer (default: the built-in problems "
         "for tiny, else GSM8K's test file, fetched once)")
     add("--protocol", choices=PROTOCOLS, help="default: by --init")
-    add("--rule", choices=RULES_OF_ANSWERS, help="default: the protocol's")
+    add("--rule", choices=ANSWER_RULES, help="default: the protocol's")
     add("--limit", type=int, help="only the first so many problems")
     add("--out", type=Path, help="results, continued if there are some (default: in out/eval)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two results and exit")
@@ -316,11 +269,10 @@ def main() -> None:
         add("--" + name.replace("_", "-"), type=kind)
     add("--batch-size", type=int, default=16)
     add("--seed", type=int, default=0)
-    add("--carry", default="keep", choices=("keep", "reset", "shuffle"),
-        help="what becomes of the memory between steps; the last two are controls")
+    add("--carry", default="keep", choices=("keep", "reset", "shuffle"), help="the memory between "
+        "steps; the last two are controls")
     args = parser.parse_args()
     compare(*args.compare) if args.compare else run(args)
-
 
 if __name__ == "__main__":
     run_program(main)

@@ -26,7 +26,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple, NoReturn
+from typing import Callable, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -36,15 +36,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-
 class InputError(Exception):
     """Bad input, in one sentence: what was found, what was expected, what to do."""
-
 
 def ensure(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
-
 
 def run_program(main: Callable[[], None]) -> None:
     """Call a program's main; bad input ends it with one sentence and exit status 1."""
@@ -53,25 +50,21 @@ def run_program(main: Callable[[], None]) -> None:
     except InputError as error:
         sys.exit(f"error: {error}")
 
-
 def start_device(name: str | None) -> tuple[torch.device, int, int]:
     """(device, rank, number of processes); under torchrun the process group is opened."""
     rank, local, world = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    best = ("cuda" if torch.cuda.is_available() else
-            "mps" if torch.backends.mps.is_available() else "cpu")
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else best)
     try:
-        device = torch.device(f"cuda:{local}" if (name or best) == "cuda" else name or best)
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); "
-                         f"the best one here is {best}")
+        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try {best}")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, max(world, 1)
 
-
 # ------------------------------------------------------------------------------- architecture
-
 
 @dataclass(frozen=True)
 class Config:
@@ -93,7 +86,6 @@ class Config:
     bos_id: int | None = None
     eot_id: int | None = None      # end of a chat turn
 
-
 LLADA = Config("llada", vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096,
                d_ff=12288, norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False,
                shift=False, mask_id=126336, eos_id=126081, pad_id=126081, bos_id=126080,
@@ -114,13 +106,11 @@ PRESETS = {                        # architecture, repository on huggingface.co
     "dream": (DREAM, "Dream-org/Dream-v0-Instruct-7B"),
 }
 
-
 class Context(NamedTuple):
     """What all layers share in one pass."""
     cos: torch.Tensor              # (1 or B, 1, T, head_dim)
     sin: torch.Tensor
     mask: torch.Tensor | None      # (B, 1, 1, T), True where a key may be attended
-
 
 class RMSNorm(nn.Module):
     """Statistics in float32, cast back, then the weight: the order of both originals."""
@@ -133,13 +123,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
-
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)
     return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
 
 class Layer(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to the residual stream."""
@@ -164,7 +152,6 @@ class Layer(nn.Module):
         x = x + self.out(y.transpose(1, 2).flatten(2))                         # (B, T, D)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
 
 class Backbone(nn.Module):
     """Masked-diffusion transformer: token ids to logits, every position sees every other."""
@@ -222,7 +209,6 @@ class Backbone(nn.Module):
         h, context = self.embed(ids, attention_mask)
         return self.head(self.pick(self.run(h, context, 0, len(self.layers)), rows))
 
-
 # ----------------------------------------------------------------------------------- weights
 # A checkpoint folder holds config.json, *.safetensors (with or without an index) and, but for
 # tiny, the tokeniser's files. Below: our names and theirs.
@@ -243,31 +229,22 @@ CONFIG_FIXED = {                   # under other settings their model is not the
                   use_sliding_window=False, use_mrope=False),
 }
 TENSOR_NAMES = {
-    "llada": {
-        "embedding": "model.transformer.wte", "norm": "model.transformer.ln_f",
-        "lm_head": "model.transformer.ff_out", "layers": "model.transformer.blocks",
-        "attn_norm": "attn_norm", "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "attn_out",
-        "mlp_norm": "ff_norm", "gate": "ff_proj", "up": "up_proj", "down": "ff_out"},
-    "dream": {
-        "embedding": "model.embed_tokens", "norm": "model.norm", "lm_head": "lm_head",
-        "layers": "model.layers", "attn_norm": "input_layernorm", "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-        "down": "mlp.down_proj"},
+    "llada": dict(
+        embedding="model.transformer.wte", norm="model.transformer.ln_f",
+        lm_head="model.transformer.ff_out", layers="model.transformer.blocks", q="q_proj", k="k_proj",
+        v="v_proj", out="attn_out", mlp_norm="ff_norm", gate="ff_proj", up="up_proj", down="ff_out"),
+    "dream": dict(
+        embedding="model.embed_tokens", norm="model.norm", layers="model.layers",
+        attn_norm="input_layernorm", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
+        out="self_attn.o_proj", mlp_norm="post_attention_layernorm", gate="mlp.gate_proj",
+        up="mlp.up_proj", down="mlp.down_proj"),
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
 def original_name(kind: str, name: str) -> str:
-    """The name in a released checkpoint of our parameter `name`."""
-    if kind == "tiny":
-        return name
-    table, (stem, leaf) = TENSOR_NAMES[kind], name.rsplit(".", 1)
-    if stem.startswith("layers."):
-        _, i, part = stem.split(".", 2)
-        return f"{table['layers']}.{i}.{table[part]}.{leaf}"
-    return f"{table[stem]}.{leaf}"
-
+    """The name in a released checkpoint of our parameter, layers.0.q.weight for example."""
+    table, (*parts, leaf) = TENSOR_NAMES.get(kind, {}), name.split(".")
+    return ".".join([table.get(part, part) for part in parts] + [leaf])
 
 def read_json(path: Path, text: bytes | None = None, pairs: Callable | None = None) -> dict:
     """The JSON object in a file, or in text, which is a part of it."""
@@ -278,7 +255,6 @@ def read_json(path: Path, text: bytes | None = None, pairs: Callable | None = No
     ensure(isinstance(value, dict), f"{path} holds no JSON object; fetch the file again")
     return value
 
-
 def read_config(folder: Path) -> Config:
     """The architecture that a folder's config.json describes."""
     path = folder / "config.json"
@@ -286,11 +262,10 @@ def read_config(folder: Path) -> Config:
     kind = str(found.pop("model_type", None)).lower()
     ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada, Dream or tiny")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
-        ensure(found.get(key, want) == want, f"{path} sets {key} to {found.get(key)!r}; only {want!r} "
-               "is implemented")
+        ensure(found.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
     try:
         if kind == "tiny":
-            config = Config(**found)
+            c = Config(**found)
         else:
             if kind == "llada":
                 found["n_kv_heads"] = found.get("n_kv_heads") or (
@@ -298,71 +273,61 @@ def read_config(folder: Path) -> Config:
                 found["mlp_hidden_size"] = found.get("mlp_hidden_size") or (
                     found["mlp_ratio"] * found["d_model"])
             base, vocab = PRESETS[kind][0], found.get("embedding_size") or found["vocab_size"]
-            ids = {ours: i if i is not None and i < vocab else None
-                   for ours, i in (("bos_id", base.bos_id), ("eot_id", base.eot_id))}
-            ids |= {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
+            ids = {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
+            for name in ("bos_id", "eot_id"):              # not in config.json
+                ids[name] = getattr(base, name) if vocab > getattr(base, name) else None
             values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
-            config = replace(base, vocab_size=vocab, **values, **ids)
-        c, largest = config, max(config.mask_id, config.eos_id, config.pad_id)
+            c = replace(base, vocab_size=vocab, **values, **ids)
         sizes = [c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff]
-        sound = (all(type(n) is int and n > 0 for n in sizes) and c.d_model % (2 * c.n_head) == 0
-                 and c.n_head % c.n_kv_head == 0 and 0 <= largest < c.vocab_size
-                 and c.norm_eps > 0 and c.rope_theta > 0)
+        sound = all(type(n) is int and n > 0 for n in sizes) and (
+            c.d_model % (2 * c.n_head) == c.n_head % c.n_kv_head == 0
+            and 0 <= max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} does not describe a {kind} backbone ({error!r}); fetch it again")
     ensure(sound, f"{path} has sizes that do not fit together, {sizes}; fetch it again")
-    return config
-
+    return c
 
 def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
     """Name -> (dtype, shape, first byte, end byte) of a safetensors file, checked in full.
     Layout: 8-byte little-endian header length, JSON header, then the tensors without a gap."""
-    def fail(what: str) -> NoReturn:
-        raise InputError(f"{path} is not a sound safetensors file: {what}; fetch it again")
+    def check(sound: bool, what: str) -> None:
+        ensure(sound, f"{path} is not a sound safetensors file: {what}; fetch it again")
 
-    def unique(pairs: list) -> dict:
-        return dict(pairs) if len(dict(pairs)) == len(pairs) else fail("a name stands twice in its header")
+    def unique(pairs: list[tuple]) -> dict:
+        check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
+        return dict(pairs)
 
-    try:
-        with open(path, "rb") as file:
-            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100_000_000):
-                fail(f"it announces a header of {length:,} bytes in a file of {size:,}")
-            header = read_json(path, file.read(length), unique)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); fetch it again")
-    entries, end = {}, 8 + length
+    with open(path, "rb") as file:
+        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        check(8 <= size and length <= min(size - 8, 10 ** 8), f"{size:,} bytes, header of {length:,}")
+        header = read_json(path, file.read(length), unique)
     header.pop("__metadata__", None)
+    entries, end = {}, 8 + length
     for name, entry in header.items():
         try:
-            shape, (start, stop) = entry["shape"], entry["data_offsets"]
-            dtype = DTYPES[entry["dtype"]]
-            sound = all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            sound = (all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
+                     and stop - start == math.prod(shape) * dtype.itemsize)
         except (KeyError, TypeError, ValueError):
-            fail(f"tensor {name!r} has the entry {str(entry)[:80]}, not a float dtype, shape and offsets")
-        if not sound or stop - start != math.prod(shape) * dtype.itemsize:
-            fail(f"tensor {name!r} of shape {str(shape)[:80]} has the bytes {start} to {stop}")
+            sound = False
+        check(sound, f"tensor {name!r} has the entry {str(entry)[:99]}")
         entries[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
-    for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if start != end:
-            fail(f"tensor {name!r} starts at byte {start:,}, the one before ends at {end:,}")
+    for name, (*_, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        check(start == end, f"tensor {name!r} starts at byte {start:,}, the one before ends at {end:,}")
         end = stop
-    if end != size:
-        fail(f"its header ends at byte {end:,}, the file at {size:,}")
+    check(end == size, f"its header ends at byte {end:,}, the file at {size:,}")
     return entries
-
 
 def shard_paths(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those that its index lists, or all."""
-    index, names = folder / "model.safetensors.index.json", []
-    if index.exists():
-        listed = read_json(index).get("weight_map")
-        ensure(isinstance(listed, dict) and all(isinstance(f, str) and f == os.path.basename(f)
-                                                for f in listed.values()),
-               f"{index} has no weight_map of plain file names; fetch it again")
-        names = sorted(set(listed.values()))
-    return [folder / name for name in names] or sorted(folder.glob("*.safetensors"))
-
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    listed = read_json(index).get("weight_map")
+    ensure(isinstance(listed, dict) and all(isinstance(f, str) and f == os.path.basename(f)
+                                            for f in listed.values()),
+           f"{index} has no weight_map of plain file names; fetch it again")
+    return [folder / name for name in sorted(set(listed.values()))]
 
 def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
                   dtype: torch.dtype | None = None) -> Backbone:
@@ -374,8 +339,9 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
     folder = find_weights(path_or_preset)
     config, source = read_config(folder), {}
     for path in shard_paths(folder):
+        ensure(path.is_file(), f"{path} is missing; fetch it again")
         for name, entry in read_header(path).items():
-            ensure(name not in source, f"{path} repeats tensor {name!r} of another file; fetch it again")
+            ensure(name not in source, f"{path} repeats tensor {name!r} of another file")
             source[name] = (path, *entry)
     with torch.device("meta"):
         backbone = Backbone(config)
@@ -384,16 +350,15 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
         raise InputError(f"{folder} {'lacks' if name in shapes else 'also holds'} tensor {name!r}; "
                          "config.json and *.safetensors must belong together")
     for name, (path, found, shape, *_) in source.items():
-        ensure(shape == shapes[name], f"{path} holds {name!r} with shape {shape} where config.json "
-               f"asks for {shapes[name]}; they must belong together")
+        ensure(shape == shapes[name], f"{path} holds {name!r} with shape {shape}, not {shapes[name]}; "
+               "config.json and *.safetensors must belong together")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else found)
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    for ours, p in backbone.named_parameters():
-        path, found, shape, start, stop = source[original_name(config.kind, ours)]
+    for name, p in backbone.named_parameters():
+        path, found, shape, start, stop = source[original_name(config.kind, name)]
         raw = np.memmap(path, np.uint8, mode="c", offset=start, shape=(stop - start,))
         p.copy_(torch.from_numpy(raw).view(found).view(shape))
     return backbone
-
 
 def write_atomically(path: Path, write: Callable) -> None:
     """write(file) into a temporary file that then takes the name path: whole or not at all."""
@@ -405,25 +370,22 @@ def write_atomically(path: Path, write: Callable) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
 def save_backbone(backbone: Backbone, folder: Path) -> None:
     """Write a tiny backbone as a checkpoint folder that load_backbone reads, in float32."""
-    header, data, end = {}, [], 0
-    for name, p in backbone.named_parameters():
-        data.append(p.detach().float().cpu().numpy().tobytes())
-        header[name] = dict(dtype="F32", shape=list(p.shape), data_offsets=[end, end + len(data[-1])])
-        end += len(data[-1])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    content = {"model.safetensors": len(text).to_bytes(8, "little") + text + b"".join(data),
-               "config.json": json.dumps({"model_type": "tiny", **asdict(backbone.config)}).encode()}
-    for name, value in content.items():
-        write_atomically(folder / name, lambda file: file.write(value))
-
+    data = [(n, p.detach().float().cpu().numpy()) for n, p in backbone.named_parameters()]
+    ends = np.cumsum([0] + [x.nbytes for _, x in data]).tolist()
+    header = json.dumps({name: dict(dtype="F32", shape=x.shape, data_offsets=ends[i:i + 2])
+                         for i, (name, x) in enumerate(data)}).encode()
+    parts = [len(header).to_bytes(8, "little"), header, *(x.tobytes() for _, x in data)]
+    config = json.dumps({"model_type": "tiny", **asdict(backbone.config)}).encode()
+    write_atomically(folder / "model.safetensors", lambda file: file.writelines(parts))
+    write_atomically(folder / "config.json", lambda file: file.write(config))
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
 
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 def find_weights(path_or_preset: str | Path) -> Path:
     """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download."""
@@ -432,9 +394,8 @@ def find_weights(path_or_preset: str | Path) -> Path:
         ensure(folder.is_dir(), f"{folder} is no folder and none of {', '.join(PRESETS)}; give one of "
                "these, or for tiny run first: python train.py")
         return folder
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    cached = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    cached /= f"models--{repo.replace('/', '--')}"
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{repo.replace('/', '--')}"
     if (cached / "refs" / "main").is_file():
         snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
         shards = shard_paths(snapshot)
@@ -442,18 +403,14 @@ def find_weights(path_or_preset: str | Path) -> Path:
             return snapshot
     return download_repository(repo, cache_folder() / repo.replace("/", "--"))
 
-
 def fetch(url: str, part: Path) -> None:
-    """One try to add to the file `part` what is missing of url."""
+    """One try to add to the file `part` what it lacks of url."""
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "metastate"})
-    if start:
-        request.add_header("Range", f"bytes={start}-")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/") + "/"
-    if os.environ.get("HF_TOKEN") and url.startswith(endpoint):     # not for hosts redirected to
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):     # not for where it redirects
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
     with urllib.request.urlopen(request, timeout=60) as response:
-        start *= response.status == 206                             # else it comes from the beginning
+        start *= response.status == 206                # else the file comes from its beginning
         total = start + int(response.headers.get("Content-Length") or 0)
         with open(part, "ab" if start else "wb") as file, tqdm(
                 total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar:
@@ -462,7 +419,6 @@ def fetch(url: str, part: Path) -> None:
                 bar.update(len(chunk))
     if part.stat().st_size < total:
         raise OSError(f"the connection ended at {part.stat().st_size:,} of {total:,} bytes")
-
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
              tries: int = 5) -> None:
@@ -475,51 +431,42 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
         try:
             if not (size and part.exists() and part.stat().st_size == size):
                 fetch(url, part)
+            with open(part, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if part.stat().st_size == (size or part.stat().st_size) and digest == (sha256 or digest):
+                return os.replace(part, path)
+            trouble = f"{part.stat().st_size} bytes of sha256 {digest} came, not {size} of {sha256}"
+            part.unlink()
         except urllib.error.HTTPError as error:
             ensure(error.code in (416, 429) or error.code >= 500, f"{url} answered {error.code} "
                    f"{error.reason}; check the address, and HF_TOKEN where the repository needs one")
-            if error.code == 416:                                   # our part is longer than the file
+            if error.code == 416:                      # our part is longer than the file
                 part.unlink()
             trouble = f"it answered {error.code}"
-            continue
         except (OSError, http.client.HTTPException) as error:
             trouble = str(error)
-            continue
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
-        if size is not None and part.stat().st_size != size:
-            trouble = f"{part.stat().st_size:,} bytes came where {size:,} were announced"
-        elif digest != sha256:
-            trouble = "the sha256 of what came is not the one announced"
-        else:
-            return os.replace(part, path)
-        part.unlink()
     raise InputError(f"{url} could not be fetched in {tries} tries ({trouble}); run again to go on")
-
 
 def download_repository(repo: str, folder: Path) -> Path:
     """Fetch a model repository's config, weights and tokeniser into folder, at one revision."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     if (folder / "complete").exists():
         return folder
-    download(f"{endpoint}/api/models/{repo}?blobs=true", folder / "listing")
+    download(f"{endpoint()}/api/models/{repo}?blobs=true", folder / "listing")
     found = read_json(folder / "listing")
-    (folder / "listing").unlink()
     try:
         files = {f["rfilename"]: (f["size"], (f.get("lfs") or {}).get("sha256"))
                  for f in found["siblings"]
                  if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", f["rfilename"])}
         revision, total = found["sha"], sum(size for size, _ in files.values())
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{endpoint} lists {repo} in an unknown form; check HF_ENDPOINT, or fetch the "
-                         "folder by other means and give it with --weights")
+        raise InputError(f"{endpoint()} lists {repo} in an unknown form; check HF_ENDPOINT, or fetch "
+                         "the folder by other means and give it with --weights")
     print(f"{repo}: {len(files)} files, {total / 1e9:.1f} GB, into {folder}", file=sys.stderr)
     for name, (size, sha256) in files.items():
         if not (folder / name).exists():
-            download(f"{endpoint}/{repo}/resolve/{revision}/{name}", folder / name, size, sha256)
-    write_atomically(folder / "complete", lambda file: file.write(b""))
+            download(f"{endpoint()}/{repo}/resolve/{revision}/{name}", folder / name, size, sha256)
+    os.replace(folder / "listing", folder / "complete")
     return folder
-
 
 # --------------------------------------------------------------------------------- tokeniser
 
@@ -539,7 +486,6 @@ TEMPLATES = {                      # start, every message, where the assistant b
 TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
               "\n####", " red", " blue", " gold", " green", " black", " white", " pink", " brown"]
 TINY_WORDS += [f" {digit}" for digit in range(10)]
-
 
 class Tokenizer:
     """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
@@ -576,7 +522,6 @@ class Tokenizer:
                 for part in re.split(r"(<\|\w+\|>)", text)
                 for i in self.encode(part.format(**m), special or part.startswith("<|"))]
 
-
 def tiny_tokenizer() -> Tokenizer:
     ranks = {bytes([i]): i for i in range(256)}
     for word in TINY_WORDS:
@@ -585,7 +530,6 @@ def tiny_tokenizer() -> Tokenizer:
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
     encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
-
 
 def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
     """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt and

@@ -64,16 +64,13 @@ show(0);
 </script></html>
 """
 
-
 def pieces(tokenizer: Tokenizer, ids: list[int], c: Config) -> list[str]:
     """One printable piece for each token; a mask is a shaded box, end-of-text a filled one."""
     return [{c.mask_id: "\u2591", c.eos_id: "\u220e"}.get(i) or tokenizer.decode([i]) for i in ids]
 
-
 def print_step(k: int, text: list[str], change: list[float]) -> None:
     bar = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in change)
     print(f"{k:4d} |{bar}| {''.join(text)!r}")
-
 
 def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, backbone: Backbone,
         show: bool, **settings) -> tuple[torch.Tensor, dict]:
@@ -96,7 +93,6 @@ def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, bac
     page = {"name": name, "prompt": "".join(text[:first]), "final": text[first:],
             "revealed": revealed[first:].tolist(), "sure": sure[first:].tolist(), "steps": len(traces)}
     return out, page | {key: [t[key] for t in traces if t] for key in ("slot_change", "update_gate")}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -150,7 +146,6 @@ def main() -> None:
         text = PAGE.replace("DATA", json.dumps(pages).replace("<", "\\u003c"), 1)
         write_atomically(args.html, lambda file: file.write(text.encode()))
         print(f"{args.html}: open it in a browser", file=sys.stderr)
-
 
 if __name__ == "__main__":
     run_program(main)

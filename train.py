@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -40,33 +41,28 @@ DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8
 }
 EVAL_STEPS = (20, 10, 8, 5, 4)
 
-# --------------------------------------------------------------------------------------- data
-
-
 def read_example(item: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """(prompt ids, answer ids) of {question, answer}, of {messages: [{role, content}, ...]} up to
     its last assistant turn, or of {prompt, completion}. Raises ValueError with the reason."""
-    def texts(*keys: str) -> bool:
-        return all(isinstance(item.get(key), str) for key in keys)
+    def is_text(item: object, *keys: str) -> bool:
+        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
 
     if "messages" in item:
-        messages = item["messages"] if isinstance(item["messages"], list) else [None]
-        if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                   and isinstance(m.get("content"), str) for m in messages):
+        messages = item["messages"]
+        if not isinstance(messages, list) or not all(is_text(m, "role", "content") for m in messages):
             raise ValueError("messages is no list of {role, content}, both text")
         while messages and messages[-1]["role"] != "assistant":
             messages = messages[:-1]
         if len(messages) < 2:
             raise ValueError("messages has no assistant turn after another turn")
         prompt, answer = tokenizer.chat(messages[:-1]), messages[-1]["content"]
-    elif texts("question", "answer"):
+    elif is_text(item, "question", "answer"):
         prompt, answer = tokenizer.chat([{"role": "user", "content": item["question"]}]), item["answer"]
-    elif texts("prompt", "completion"):
+    elif is_text(item, "prompt", "completion"):
         prompt, answer = tokenizer.encode(item["prompt"], special=False), item["completion"]
     else:
         raise ValueError("it has none of question/answer, messages, prompt/completion as text")
     return prompt, tokenizer.encode(answer, special=False)
-
 
 def read_examples(items: list[tuple[int, dict]], name: str, tokenizer: Tokenizer, eos_id: int,
                   max_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -87,7 +83,6 @@ def read_examples(items: list[tuple[int, dict]], name: str, tokenizer: Tokenizer
               f"{max_length} tokens and dropped", file=sys.stderr)
     ensure(fitting, f"{name} has no example of at most {max_length} tokens; raise --max-length")
     return fitting
-
 
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
@@ -110,25 +105,19 @@ class Batches:
     def __call__(self, step: int, part: slice, device: torch.device) -> dict[str, torch.Tensor]:
         """Rows `part` of the batch of a step: ids, maskable (B, T) and every random draw."""
         epoch, i = divmod(step, self.per_epoch)
-        rows = self.epoch(epoch)[i]
-        B, T = len(rows), self.lengths[rows].max()
-        ids, maskable, noise = np.full((B, T), self.pad_id), np.zeros((B, T), bool), np.zeros((B, T))
-        t, counts, by_confidence = np.zeros(B), np.zeros((B, self.K), int), np.zeros(B, bool)
-        for b in range(B)[part]:
-            prompt, answer = self.examples[rows[b]]
-            ids[b, :len(prompt)], ids[b, len(prompt):][:len(answer)] = prompt, answer
-            maskable[b, len(prompt):] = True           # the padding, end-of-text, is to be learned
+        T, columns = self.lengths[self.epoch(epoch)[i]].max(), []
+        for b in range(self.batch)[part]:
+            prompt, answer = self.examples[self.epoch(epoch)[i, b]]
+            ids = np.full(T, self.pad_id)
+            ids[:len(prompt)], ids[len(prompt):][:len(answer)] = prompt, answer
+            maskable = np.arange(T) >= len(prompt)     # the padding, end-of-text, is to be learned
             rng = np.random.default_rng((self.seed, step, b))
-            t[b], noise[b] = (b + rng.random()) / B, rng.random(T)
-            counts[b] = rng.multinomial(T - len(prompt), rng.dirichlet([self.alpha] * self.K))
-            by_confidence[b] = rng.random() < self.confident
-        arrays = dict(ids=ids, maskable=maskable, t=t.astype("f"), noise=noise.astype("f"),
-                      counts=counts, by_confidence=by_confidence)
-        return {key: torch.from_numpy(value[part]).to(device) for key, value in arrays.items()}
-
-
-# ----------------------------------------------------------------------------------- training
-
+            t, noise = np.float32((b + rng.random()) / self.batch), rng.random(T, np.float32)
+            counts = rng.multinomial(T - len(prompt), rng.dirichlet([self.alpha] * self.K))
+            columns.append((ids, maskable, t, noise, counts, rng.random() < self.confident))
+        names = ("ids", "maskable", "t", "noise", "counts", "by_confidence")
+        return {name: torch.from_numpy(np.stack(values)).to(device)
+                for name, values in zip(names, zip(*columns))}
 
 class Objective(nn.Module):
     """A module and its loss as one forward, which DistributedDataParallel needs. The frozen
@@ -139,28 +128,22 @@ class Objective(nn.Module):
         self.model, self.loss = model, loss
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.loss(self.model, batch)
+        return self.loss(self.model, **batch)
 
-
-def backbone_loss(backbone: Backbone, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    loss = diffusion_loss(backbone, *(batch[key] for key in ("ids", "maskable", "t", "noise")))
+def backbone_loss(backbone: Backbone, *, ids, maskable, t, noise, **_) -> tuple:
+    loss = diffusion_loss(backbone, ids, maskable, t, noise)
     return loss, loss.detach()[None]
 
-
-def memory_loss(memory: MetaState, batch: dict, *, backbone: Backbone, lam: float, carry: str
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-    names = ("ids", "maskable", "counts", "noise", "by_confidence")
-    return unroll(backbone, memory, *(batch[key] for key in names), lam=lam, carry=carry)
-
+def memory_loss(memory: MetaState, *, backbone: Backbone, t, **rest) -> tuple:
+    return unroll(backbone, memory, **rest)
 
 def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: dict,
         args: argparse.Namespace, iters: int, lr: float) -> None:
     """Train model in place for iters steps, its checkpoints in path, a log beside it. about goes
     into the checkpoint; with --resume its settings must be the same."""
-    device, optimizer = next(model.parameters()).device, torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    device, log, start, stop = next(model.parameters()).device, path.with_suffix(".log.jsonl"), 0, []
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    log, start = path.with_suffix(".log.jsonl"), 0
     if args.resume and path.exists():
         state = load_checkpoint(path)
         for key, value in about["settings"].items():
@@ -176,10 +159,9 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
     if world > 1:
         dist.barrier()
         net = DistributedDataParallel(net, find_unused_parameters=True)
-    stop = []
     default = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    bar = tqdm(range(start, iters), initial=start, total=iters, desc=path.stem, disable=rank > 0)
     share = batches.batch // world // args.accumulate          # rows of one pass in one process
+    bar = tqdm(range(start, iters), path.stem, iters, initial=start, disable=rank > 0)
     for step in bar:
         # 1. the gradient of the mean over the global batch
         losses = 0
@@ -190,7 +172,7 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
                 value, by_step = net(batches(step, slice(first, first + share), device))
                 (value / args.accumulate).backward()
             losses = losses + torch.cat((value.detach()[None], by_step)) / args.accumulate
-        losses = torch.cat((losses, torch.tensor([float(bool(stop))], device=device)))
+        losses = F.pad(losses, (0, 1), value=float(bool(stop)))
         if world > 1:
             dist.all_reduce(losses)
         *losses, stopped = (losses / world).tolist()
@@ -205,9 +187,9 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
         optimizer.zero_grad()
         # 3. log and save
         if rank == 0:
+            line = {"step": step, "loss": losses[0], "by_step": losses[1:], "lr": rate, "norm": norm}
             with open(log, "a") as file:
-                file.write(json.dumps({"step": step, "loss": losses[0], "by_step": losses[1:],
-                                       "lr": rate, "grad_norm": norm}) + "\n")
+                file.write(json.dumps(line) + "\n")
             bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in losses[1:]), refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == iters or stopped:
                 save_checkpoint(path, model, step=step + 1, optimizer=optimizer.state_dict(), **about)
@@ -217,39 +199,33 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
             sys.exit(130)
     signal.signal(signal.SIGINT, default)
 
-
-# --------------------------------------------------------------------------------- evaluation
-
-
 def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryless: MetaState,
-          split: str, n: int, out: Path) -> None:
-    """Accuracy of the frozen backbone, MetaState and its controls on the same n problems, by
-    number of denoising steps; printed, and saved as table.md and, by problem, table.json."""
-    problems = dial_problems(split, n)
-    rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"),
-            "memory reset": (memory, "reset"), "memory shuffled": (memory, "shuffle"),
-            "memoryless-trained": (memoryless, "reset")}
+          args: argparse.Namespace, out: Path) -> None:
+    """Accuracy of the frozen backbone, MetaState and its controls on the same problems, by number
+    of denoising steps; printed, and saved as table.md and, problem by problem, table.json."""
+    problems, lines, right = dial_problems(args.split, args.problems), [], {}
+    rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"), "memory reset": (memory, "reset"),
+            "memory shuffled": (memory, "shuffle"), "memoryless-trained": (memoryless, "reset")}
     bar = tqdm(total=len(rows) * sum(EVAL_STEPS), desc="evaluate")
-    lines, right = ["| steps | " + " | ".join(map(str, EVAL_STEPS)) + " |",
-                    "|---" * (len(EVAL_STEPS) + 1) + "|"], {}
     for name, (model, carry) in rows.items():
-        cells, right[name] = [], {}
+        line, right[name] = f"| {name} |", {}
         for steps in EVAL_STEPS:
             right[name][steps] = [row["correct"] for row in evaluate(
                 backbone, tokenizer, problems, PROTOCOLS["dial"], memory=model, carry=carry,
                 batch_size=250, steps=steps)]
             bar.update(steps)
-            _, *ends = paired_interval(right["frozen"][steps], right[name][steps])
-            interval = " [{:+.1f}, {:+.1f}]".format(*(100 * x for x in ends)) if model else ""
-            cells.append(f"{100 * np.mean(right[name][steps]):.1f}{interval}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            _, low, high = paired_interval(right["frozen"][steps], right[name][steps])
+            line += f" {100 * np.mean(right[name][steps]):.1f}"
+            line += f" [{100 * low:+.1f}, {100 * high:+.1f}] |" if model else " |"
+        lines.append(line)
     bar.close()
-    text = (f"Exact match (%) on {len(problems)} {split} problems, by denoising steps; in brackets the "
-            "paired 95 % interval of the difference to frozen\n\n" + "\n".join(lines) + "\n")
+    text = "\n".join([f"Exact match (%) on {len(problems)} {args.split} problems, by denoising steps; in "
+                      "brackets the paired 95 % interval of the difference to frozen", "",
+                      f"| steps | {' | '.join(map(str, EVAL_STEPS))} |",
+                      "|---" * (len(EVAL_STEPS) + 1) + "|", *lines, ""])
     print(text)
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     write_atomically(out / "table.json", lambda file: file.write(json.dumps(right).encode()))
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -288,7 +264,6 @@ def arguments() -> argparse.Namespace:
         if getattr(args, key) is None:
             setattr(args, key, value)
     return args
-
 
 def main() -> None:
     args = arguments()
@@ -336,8 +311,7 @@ def main() -> None:
 
     # 3. the table
     if tiny and rank == 0 and args.problems:
-        table(backbone, tokenizer, *(model.eval() for model in trained), args.split, args.problems, out)
-
+        table(backbone, tokenizer, *(model.eval() for model in trained), args, out)
 
 if __name__ == "__main__":
     run_program(main)

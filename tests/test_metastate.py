@@ -92,15 +92,17 @@ def test_the_updater_is_a_gru(memory):
     assert 0 < update.min() and update.max() < 1
 
 
-def losses(backbone, memory, **options):
+def losses(backbone, memory, counts=((2, 2, 2, 2), (1, 3, 0, 4)), **options):
     torch.manual_seed(3)
     ids, maskable = torch.randint(300, (2, 12)), torch.zeros(2, 12, dtype=torch.bool)
     maskable[:, 4:] = True
-    return unroll(backbone, memory, ids, maskable, torch.tensor([[2, 2, 2, 2], [1, 3, 0, 4]]),
+    return unroll(backbone, memory, ids, maskable, torch.tensor(counts),
                   torch.rand(2, 12), torch.tensor([True, False]), lam=0.5, **options)
 
 
 def test_gradients_run_along_the_memory_and_never_into_the_backbone(backbone, memory):
+    """Only the last step reveals, so that only its loss counts: what the slots of the first steps
+    receive came through the memory, and with carry="detach" nothing does."""
     seen = []
     step = memory.step
 
@@ -113,9 +115,8 @@ def test_gradients_run_along_the_memory_and_never_into_the_backbone(backbone, me
     memory.step = spy
     for carry, reached in (("keep", True), ("detach", False), ("reset", False)):
         seen.clear()
-        losses(backbone, memory, carry=carry)[0].backward()
-        gradients = [s.grad is not None and s.grad.abs().max().item() > 0 for s in seen[:3]]
-        assert gradients == [reached] * 3, carry
+        losses(backbone, memory, ((0, 0, 0, 8), (0, 0, 0, 8)), carry=carry)[0].backward()
+        assert [s.grad is not None and s.grad.any().item() for s in seen[:3]] == [reached] * 3, carry
         assert all(p.grad is None for p in backbone.parameters())
         if carry == "keep":
             silent = [n for n, p in memory.named_parameters() if p.grad is None or not p.grad.any()]
@@ -131,7 +132,7 @@ def test_what_step_one_read_changes_the_loss_of_step_four_through_the_memory_alo
             lambda module, inputs, output: calls.append(1) or (output + 1 if len(calls) == 1 else None))
         moved = losses(backbone, memory, carry=carry)[1]
         handle.remove()
-        assert (moved != base[carry]).tolist() == [False] + [carry == "keep"] * 3
+        assert (moved != base[carry]).tolist() == [True] + [carry == "keep"] * 3
 
 
 def test_trace_tells_time_gate_and_change(backbone, memory):

@@ -118,7 +118,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data):
         assert finish(start(tmp_path / name, data, "--accumulate", str(n))) == 0
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "four")):
         assert a["by_step"] == pytest.approx(b["by_step"], rel=2e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-3)
+        assert a["norm"] == pytest.approx(b["norm"], rel=2e-3)
 
 
 def torchrun(n, out, data, *more):
@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_does(tmp_path, data):
     assert two.returncode == 0, output
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert a["by_step"] == pytest.approx(b["by_step"], rel=2e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-3)
+        assert a["norm"] == pytest.approx(b["norm"], rel=2e-3)
 
 
 def test_a_killed_rank_ends_the_job_and_keeps_the_checkpoint(tmp_path, data):
