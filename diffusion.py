@@ -11,13 +11,13 @@ from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from metastate import MetaState
 from model import Backbone, ensure
 
-def cross_entropy(backbone: Backbone, h: torch.Tensor, targets: torch.Tensor, chunk: int = 256
-                  ) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 256) -> tuple:
     """Cross-entropy (N,) of picked h (N, D), and the log of the highest probability (N,). There are
     never more logits than (chunk, V): the backward pass computes them again."""
     def part(h, targets):
@@ -28,8 +28,8 @@ def cross_entropy(backbone: Backbone, h: torch.Tensor, targets: torch.Tensor, ch
              for pair in zip(h.split(chunk), targets.split(chunk))]
     return tuple(map(torch.cat, zip(*parts)))
 
-def diffusion_loss(backbone: Backbone, ids: torch.Tensor, maskable: torch.Tensor, t: torch.Tensor,
-                   noise: torch.Tensor, eps: float = 1e-3) -> torch.Tensor:
+def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor, noise: Tensor,
+                   eps: float = 1e-3) -> Tensor:
     """Denoising loss at one time per row, weighted by 1/t. ids, maskable (B, T); t (B,) and noise
     (B, T) uniform in [0, 1). With everything maskable this is LLaDA's pretraining loss; with the
     answer and its end-of-text padding maskable, its SFT loss."""
@@ -41,12 +41,12 @@ def diffusion_loss(backbone: Backbone, ids: torch.Tensor, maskable: torch.Tensor
     weight = (1 / (p * maskable.sum(1, keepdim=True))).expand_as(noise)[masked]
     return (ce * weight).sum() / len(ids)
 
-def choose(score: torch.Tensor, eligible: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-    """Per row the n (B,) eligible positions of highest score (B, T), ties to the left; bool (B, T)."""
+def choose(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
+    """The n (B,) eligible positions of highest score in each row, ties to the left; bool (B, T)."""
     order = score.masked_fill(~eligible, float("-inf")).argsort(dim=1, descending=True, stable=True)
     return eligible & (order.argsort(dim=1) < n[:, None])
 
-def carry_over(carry: str, memory: MetaState, slots: torch.Tensor) -> torch.Tensor:
+def carry_over(carry: str, memory: MetaState, slots: Tensor) -> Tensor:
     """What becomes of the memory between two steps: keep (the method), its controls reset and
     shuffle, or detach, an ablation of the training."""
     if carry == "reset":
@@ -55,9 +55,9 @@ def carry_over(carry: str, memory: MetaState, slots: torch.Tensor) -> torch.Tens
         return slots.roll(1, dims=0)
     return slots.detach() if carry == "detach" else slots
 
-def unroll(backbone: Backbone, memory: MetaState, ids: torch.Tensor, maskable: torch.Tensor,
-           counts: torch.Tensor, noise: torch.Tensor, by_confidence: torch.Tensor, *, lam: float,
-           carry: str = "keep") -> tuple[torch.Tensor, torch.Tensor]:
+def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor, counts: Tensor,
+           noise: Tensor, by_confidence: Tensor, *, lam: float, carry: str = "keep"
+           ) -> tuple[Tensor, Tensor]:
     """K denoising steps from all masked to all revealed; the memory runs through all of them.
 
         L = sum_k w_k [lam * dense_k + (1 - lam) * reveal_k],    w_k = n_k / N
@@ -91,11 +91,11 @@ def unroll(backbone: Backbone, memory: MetaState, ids: torch.Tensor, maskable: t
 LLADA_REMASKING = ("low_confidence", "random")
 DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
 
-def gumbel(uniform: torch.Tensor) -> torch.Tensor:
+def gumbel(uniform: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform))
 
-def llada_tokens(logits: torch.Tensor, uniform: Callable, temperature: float, eot_ids: list[int],
-                 mask_id: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def llada_tokens(logits: Tensor, uniform: Callable, temperature: float, eot_ids: list[int],
+                 mask_id: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """LLaDA: Gumbel-max tokens (N,) of logits (N, V), never a mask, and their probabilities without
     the noise. eot_ids get confidence 0 at every temperature; the original loses end-of-text above 0
     (its issue 137)."""
@@ -108,9 +108,9 @@ def llada_tokens(logits: torch.Tensor, uniform: Callable, temperature: float, eo
     logits[:, eot_ids] = float("-inf")
     return tokens, logits.to(dtype).softmax(-1).gather(1, tokens[:, None])[:, 0]
 
-def dream_tokens(logits: torch.Tensor, uniform: Callable, temperature: float, remasking: str,
+def dream_tokens(logits: Tensor, uniform: Callable, temperature: float, remasking: str,
                  mask_id: int, top_p: float | None, top_k: int | None, dtype: torch.dtype
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+                 ) -> tuple[Tensor, Tensor]:
     """Dream: tokens (N,) of logits (N, V), never a mask, after temperature, top_p and top_k, and a
     confidence from the same filtered distribution."""
     logits, lowest = logits / (temperature or 1), torch.finfo(logits.dtype).min
@@ -132,16 +132,16 @@ def dream_tokens(logits: torch.Tensor, uniform: Callable, temperature: float, re
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 @torch.no_grad()
-def generate(backbone: Backbone, prompt_ids: torch.Tensor, *, gen_length: int, steps: int,
+def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: int,
              block_length: int | None = None, remasking: str = "low_confidence",
              temperature: float = 0.0, cfg_scale: float = 0.0, threshold: float | None = None,
              top_p: float | None = None, top_k: int | None = None, alg_temp: float = 0.0,
              logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False,
-             attention_mask: torch.Tensor | None = None, memory: MetaState | None = None,
+             attention_mask: Tensor | None = None, memory: MetaState | None = None,
              carry: str = "keep", reset_at_block: bool = False, seeds: Sequence[int] | None = None,
-             confidence_dtype: torch.dtype = torch.float32,
-             on_step: Callable | None = None) -> torch.Tensor:
-    """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; ids (B, P + gen_length).
+             confidence_dtype: torch.dtype = torch.float32, on_step: Callable | None = None
+             ) -> Tensor:
+    """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
 
     steps are shared out evenly over blocks of block_length (default: one block). attention_mask
     (B, P): 0 at left padding. remasking: low_confidence and random on LLaDA's schedule; origin,
@@ -156,8 +156,8 @@ def generate(backbone: Backbone, prompt_ids: torch.Tensor, *, gen_length: int, s
     ensure(steps > 0 and steps % n_blocks == 0 and n_blocks * block_length == gen_length,
            f"gen_length {gen_length}, block_length {block_length} and steps {steps} do not divide: "
            "blocks must fill gen_length and share out steps evenly")
-    ensure(remasking in LLADA_REMASKING + DREAM_REMASKING, f"remasking {remasking!r} is unknown; take "
-           f"one of {', '.join(LLADA_REMASKING + DREAM_REMASKING)}")
+    ensure(remasking in LLADA_REMASKING + DREAM_REMASKING, f"remasking {remasking!r} is unknown; "
+           f"take one of {', '.join(LLADA_REMASKING + DREAM_REMASKING)}")
     ensure(threshold is None or remasking in ("low_confidence", "maskgit_plus"),
            f"threshold needs probabilities, which remasking {remasking!r} does not give")
     steps //= n_blocks
@@ -172,7 +172,7 @@ def generate(backbone: Backbone, prompt_ids: torch.Tensor, *, gen_length: int, s
     timesteps = torch.linspace(1, 1e-3, steps + 1)
     shares = 1 - timesteps[1:] / timesteps[:-1]        # Dream's: of what is masked at each step
 
-    def uniform(width: int, dtype: torch.dtype) -> torch.Tensor:               # (N, width), not 0
+    def uniform(width: int, dtype: torch.dtype) -> Tensor:               # (N, width), not 0
         draws = [torch.rand(n, width, dtype=dtype, device=device, generator=generator)
                  for generator, n in zip(generators, eligible.sum(1).tolist())]
         return torch.cat(draws).clamp(min=torch.finfo(dtype).tiny)

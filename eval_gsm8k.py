@@ -28,12 +28,12 @@ from model import (Backbone, InputError, Tokenizer, cache_folder, download, ensu
 BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
-SPLITS = {"test": (0, 2000), "valid": (2000, 3000), "train": (3000, 10 * len(BUTTONS) ** PRESSES)}
+SPLITS = {"test": (0, 1000), "valid": (1000, 2000), "train": (2000, 10 * len(BUTTONS) ** PRESSES)}
 
 def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
     """The first n problems of a split, {question, answer}. All that exist stand in one fixed random
     order which the splits cut up: no question is in two of them."""
-    order, problems = np.random.default_rng(2026).permutation(SPLITS["train"][1]), []
+    order, problems = np.random.default_rng(11).permutation(SPLITS["train"][1]), []
     for number in order[slice(*SPLITS[split])][:n].tolist():
         number, digit = divmod(number, 10)
         pressed = [number // len(BUTTONS) ** i % len(BUTTONS) for i in range(PRESSES)]
@@ -119,7 +119,7 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
         for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
             if line.strip():
                 found.append((number, json.loads(line)))
-                ensure(isinstance(found[-1][1], dict), f"{path} line {number} is no JSON object; mend it")
+                ensure(isinstance(found[-1][1], dict), f"{path} line {number} holds no JSON object")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); give a JSON-lines file in UTF-8")
     except (ValueError, RecursionError) as error:
@@ -134,7 +134,7 @@ def read_problems(path: Path) -> list[dict[str, str]]:
                f"{path} line {number} lacks the text question or answer; mend or remove it")
     return [p for _, p in problems]
 
-def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list[dict]) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list) -> list[int]:
     """Token ids of a problem under a protocol, the solved examples before it."""
     parts = []
     for shot in shots:
@@ -149,9 +149,9 @@ def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: l
 
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
              todo: list[int] | None = None, shots: list[dict] = (), memory: MetaState | None = None,
-             carry: str = "keep", batch_size: int = 32, seed: int = 0, **settings) -> Iterator[dict]:
+             carry: str = "keep", batch_size: int = 32, seed: int = 0, **given) -> Iterator[dict]:
     """Answer problems[i] for i in todo (default: all), yielding {index, text, answer, correct};
-    settings override the protocol's. No answer depends on its batch, but for carry="shuffle"."""
+    given overrides its settings. No answer depends on its batch, but for carry="shuffle"."""
     device, pad = backbone.embedding.weight.device, backbone.config.pad_id
     todo = range(len(problems)) if todo is None else todo
     for first in range(0, len(todo), batch_size):
@@ -161,7 +161,7 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
         ids = torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
         out = generate(backbone, ids, attention_mask=None if mask.all() else mask, memory=memory,
-                       carry=carry, seeds=[seed + i for i in batch], **(protocol.settings | settings))
+                       carry=carry, seeds=[seed + i for i in batch], **(protocol.settings | given))
         for i, row in zip(batch, out[:, P:].tolist()):
             text = tokenizer.decode(row)
             for stop in protocol.stops:
@@ -196,7 +196,7 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
                 pass
         return rows[0]["setting"], {row["index"]: row for row in rows[1:]}
     except (OSError, LookupError, TypeError) as error:
-        raise InputError(f"{path} holds no results ({error!r}); give a file that eval_gsm8k.py wrote")
+        raise InputError(f"{path} holds no results ({error!r}); give a file of eval_gsm8k.py")
 
 def compare(a: Path, b: Path) -> None:
     """Print the paired difference of two results files on the problems that both have."""
@@ -215,9 +215,10 @@ def run(args: argparse.Namespace) -> None:
     """Answer what is not answered yet, every process its share, and print the score."""
     device, rank, world = start_device(args.device)
     backbone, tokenizer, memory, names = open_models(args, device)
-    name = args.protocol or DEFAULT_PROTOCOL.get(names["init"], DEFAULT_PROTOCOL[backbone.config.kind])
+    kind = backbone.config.kind
+    name = args.protocol or DEFAULT_PROTOCOL.get(names["init"], DEFAULT_PROTOCOL[kind])
     protocol = PROTOCOLS[name] if args.rule is None else replace(PROTOCOLS[name], rule=args.rule)
-    problems = (dial_problems("test", 1000) if args.data is None and backbone.config.kind == "tiny"
+    problems = (dial_problems("test") if args.data is None and kind == "tiny"
                 else read_problems(args.data or gsm8k_file("test.jsonl")))[:args.limit]
     shots = []
     if protocol.shots:
@@ -231,8 +232,8 @@ def run(args: argparse.Namespace) -> None:
     if out.exists():
         found, done = read_results(out)
         for key in setting:
-            ensure(found.get(key) == setting[key], f"{out} was made with {key} = {found.get(key)!r}, "
-                   f"not {setting[key]!r}; give another --out")
+            ensure(found.get(key) == setting[key], f"{out} was made with {key} = "
+                   f"{found.get(key)!r}, not {setting[key]!r}; give another --out")
     elif rank == 0:
         write_atomically(out, lambda file: file.write(json.dumps({"setting": setting}).encode()))
     todo, begin = [i for i in range(len(problems)) if i not in done][rank::world], time.time()
@@ -257,8 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     model_arguments(parser)
     add = parser.add_argument_group("problems and scoring").add_argument
-    add("--data", type=Path, help="JSON lines of question and answer (default: the built-in problems "
-        "for tiny, else GSM8K's test file, fetched once)")
+    add("--data", type=Path, help="JSON lines of question and answer (default: the built-in "
+        "problems for tiny, else GSM8K's test file, fetched once)")
     add("--protocol", choices=PROTOCOLS, help="default: by --init")
     add("--rule", choices=ANSWER_RULES, help="default: the protocol's")
     add("--limit", type=int, help="only the first so many problems")

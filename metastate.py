@@ -5,7 +5,7 @@ One denoising step. The memory s has M slots of width d, whatever the length T o
 
   ids (B, T) -- embed -- layers 0..w --(+)-- layers w..r --+--(+)-- layers r..L -- pick -- head
                                         ^                  |   ^
-                               Injector |            Mixer |   | Injector     (B, T, D) <-> (B, M, d)
+                               Injector |            Mixer |   | Injector
                                         |                  v   |
   s (B, M, d) --------------------------+-------------> Updater ------> s' (B, M, d)
 
@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model import (PRESETS, Backbone, InputError, Tokenizer, ensure, load_backbone, load_tokenizer,
                    write_atomically)
@@ -54,7 +54,7 @@ def preset(backbone: Backbone) -> MemoryConfig:
     return MemoryConfig(c.d_model, n_slots=64, d_slot=1152, n_head=9, d_time=256,
                         write_layer=c.n_layer // 4, read_layer=3 * c.n_layer // 4)
 
-def masked_fraction(ids: torch.Tensor, maskable: torch.Tensor, mask_id: int) -> torch.Tensor:
+def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
     """Time t (B,) in [0, 1], in training and in sampling: masked tokens / maskable tokens."""
     return ((ids == mask_id) & maskable).sum(1) / maskable.sum(1).clamp(min=1)
 
@@ -66,7 +66,7 @@ class TimeConditioner(nn.Module):
         self.register_buffer("freq", torch.logspace(0, 3, n_freq) * math.pi / 2, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * n_freq, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU())
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
+    def forward(self, t: Tensor) -> Tensor:
         angle = t[:, None, None] * self.freq
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
 
@@ -77,7 +77,7 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         self.gain = nn.Linear(c.d_time, d)
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + self.gain(time))
 
 class CrossAttention(nn.Module):
@@ -91,8 +91,7 @@ class CrossAttention(nn.Module):
         self.k, self.v = (nn.Linear(d_context, c.d_slot, bias=False) for _ in range(2))
         self.out = nn.Linear(c.d_slot, d_query, bias=False)
 
-    def forward(self, query: torch.Tensor, context: torch.Tensor, time: torch.Tensor,
-                bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, query: Tensor, context: Tensor, time: Tensor, bias: Tensor) -> Tensor:
         query, context = self.query_norm(query, time), self.context_norm(context, time)
         q, k, v = (p(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
                    for p, x in ((self.q, query), (self.k, context), (self.v, context)))
@@ -113,12 +112,11 @@ class Updater(nn.Module):
         self.norm = AdaRMSNorm(c.d_slot, c)
         self.from_read, self.from_slots = (nn.Linear(c.d_slot, 3 * c.d_slot) for _ in range(2))
 
-    def forward(self, slots: torch.Tensor, read: torch.Tensor, time: torch.Tensor
-                ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, slots: Tensor, read: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         xz, xr, xn = self.from_read(self.norm(read, time)).chunk(3, dim=-1)
         sz, sr, sn = self.from_slots(slots).chunk(3, dim=-1)
         update = torch.sigmoid(xz + sz)                        # z: how much of a slot is replaced
-        reset = torch.sigmoid(xr + sr)                         # r: how much of it the new value sees
+        reset = torch.sigmoid(xr + sr)                         # r: how much of it n sees
         new = torch.tanh(xn + reset * sn)                      # n
         return (1 - update) * slots + update * new, update
 
@@ -149,31 +147,31 @@ class MetaState(nn.Module):
             if isinstance(module, Injector):
                 nn.init.zeros_(module.out.weight)
 
-    def initial(self, batch: int) -> torch.Tensor:
+    def initial(self, batch: int) -> Tensor:
         """The learned slots before the first step, (B, M, d)."""
         return self.slots.expand(batch, -1, -1)
 
-    def step(self, backbone: Backbone, ids: torch.Tensor, slots: torch.Tensor, *,
-             maskable: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None = None,
-             trace: list | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, backbone: Backbone, ids: Tensor, slots: Tensor, *, maskable: Tensor,
+             rows: Tensor, attention_mask: Tensor | None = None, trace: list | None = None
+             ) -> tuple[Tensor, Tensor]:
         """One denoising step, as drawn above.
 
         ids, attention_mask (B, T); maskable (B, T) bool: the positions that began masked; rows
-        (B, T) bool: where logits are wanted; slots (B, M, d). Returns h (N, D) for backbone.head and
-        the new slots (B, M, d); a trace list is given the time, mean gate and change of every slot.
+        (B, T) bool: where logits are wanted; slots (B, M, d). Returns h (N, D) for backbone.head,
+        and the new slots; a trace list is given the time, mean gate and change of every slot.
         """
         c, (before, after) = self.config, self.injectors
         # Slots are anchored evenly along the maskable positions: each looks first at its stretch.
         # Places are in units of slots and do not depend on the prompt, on padding or on the batch.
         place = maskable.cumsum(1) / maskable.sum(1, keepdim=True).clamp(min=1) * c.n_slots - 0.5
         anchor = torch.arange(c.n_slots, device=ids.device)[:, None]
-        distance = -(place[:, None, None, :] - anchor) ** 2                            # (B, 1, M, T)
+        distance = -(place[:, None, None, :] - anchor) ** 2                           # (B, 1, M, T)
         to_slots, to_tokens = (distance * s[:, None, None] ** 2 for s in self.sharpness)
         with torch.no_grad():                              # nothing below the Injector is trained
             h, context = backbone.embed(ids, attention_mask)
             h = backbone.run(h, context, 0, c.write_layer)
-        if context.mask is not None:
-            to_slots = to_slots.masked_fill(~context.mask, float("-inf"))
+        if attention_mask is not None:
+            to_slots = to_slots.masked_fill(attention_mask[:, None, None] == 0, float("-inf"))
         t = masked_fraction(ids, maskable, backbone.config.mask_id)
         precision = dict(device_type=h.device.type, dtype=h.dtype, enabled=h.dtype != torch.float32)
         with torch.autocast(**precision):
@@ -211,16 +209,17 @@ def load_memory(path: Path, backbone: Backbone) -> MetaState:
         memory = MetaState(MemoryConfig(**state["config"]))
         memory.load_state_dict(state["model"])
     except (TypeError, RuntimeError):
-        raise InputError(f"{path} holds no memory that fits its config; give a memory.pt of train.py")
-    ensure(memory.config.d_model == backbone.config.d_model, f"{path} belongs to {state['backbone']}, "
-           f"width {memory.config.d_model}, not {backbone.config.d_model}; give the right --init")
+        raise InputError(f"{path} holds no memory; give a memory.pt that train.py wrote")
+    found, want = memory.config.d_model, backbone.config.d_model
+    ensure(found == want, f"{path} belongs to {state['backbone']}, width {found}, not {want}; give "
+           "the right --init")
     return memory.to(backbone.embedding.weight.device).eval()
 
 def model_arguments(parser, *, training: bool = False) -> None:
     """The options that say which models a program works with."""
     add = parser.add_argument_group("models").add_argument
-    add("--init", default="tiny" if training else None, help=f"{', '.join(PRESETS)}, or a checkpoint "
-        "folder" + " (default: tiny)" * training)
+    add("--init", default="tiny" if training else None, help=f"{', '.join(PRESETS)}, or a "
+        "checkpoint folder" + " (default: tiny)" * training)
     add("--weights", help="folder with the weights of --init, else found or downloaded")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the backbone's layers")

@@ -26,13 +26,13 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import numpy as np
 import tiktoken
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -52,14 +52,15 @@ def run_program(main: Callable[[], None]) -> None:
 
 def start_device(name: str | None) -> tuple[torch.device, int, int]:
     """(device, rank, number of processes); under torchrun the process group is opened."""
-    rank, local, world = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    rank, local, world = (int(os.environ.get(name, 0)) for name in names)
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     name = name or ("cuda" if torch.cuda.is_available() else best)
     try:
         device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used ({str(error).splitlines()[0]}); try {best}")
+        raise InputError(f"--device {name} fails ({str(error).splitlines()[0]}); try {best}")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, max(world, 1)
@@ -86,17 +87,15 @@ class Config:
     bos_id: int | None = None
     eot_id: int | None = None      # end of a chat turn
 
-LLADA = Config("llada", vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096,
-               d_ff=12288, norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False,
-               shift=False, mask_id=126336, eos_id=126081, pad_id=126081, bos_id=126080,
-               eot_id=126348)
-DREAM = Config("dream", vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584,
-               d_ff=18944, norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True,
-               shift=True, mask_id=151666, eos_id=151643, pad_id=151643, bos_id=151665,
-               eot_id=151645)
-TINY = Config("tiny", vocab_size=304, n_layer=1, n_head=4, n_kv_head=4, d_model=64, d_ff=192,
-              norm_eps=1e-5, rope_theta=100.0, rope_fp32=True, qkv_bias=False, shift=False,
-              mask_id=302, eos_id=303, pad_id=303)
+LLADA = Config("llada", 126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=12288,
+               norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False, shift=False,
+               mask_id=126336, eos_id=126081, pad_id=126081, bos_id=126080, eot_id=126348)
+DREAM = Config("dream", 152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584, d_ff=18944,
+               norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True, shift=True,
+               mask_id=151666, eos_id=151643, pad_id=151643, bos_id=151665, eot_id=151645)
+TINY = Config("tiny", 304, n_layer=1, n_head=4, n_kv_head=4, d_model=64, d_ff=192, norm_eps=1e-5,
+              rope_theta=100.0, rope_fp32=True, qkv_bias=False, shift=False, mask_id=302,
+              eos_id=303, pad_id=303)
 PRESETS = {                        # architecture, repository on huggingface.co
     "tiny": (TINY, None),
     "llada-base": (LLADA, "GSAI-ML/LLaDA-8B-Base"),
@@ -106,24 +105,17 @@ PRESETS = {                        # architecture, repository on huggingface.co
     "dream": (DREAM, "Dream-org/Dream-v0-Instruct-7B"),
 }
 
-class Context(NamedTuple):
-    """What all layers share in one pass."""
-    cos: torch.Tensor              # (1 or B, 1, T, head_dim)
-    sin: torch.Tensor
-    mask: torch.Tensor | None      # (B, 1, 1, T), True where a key may be attended
-
 class RMSNorm(nn.Module):
     """Statistics in float32, cast back, then the weight: the order of both originals."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)
@@ -143,12 +135,12 @@ class Layer(nn.Module):
         self.gate, self.up = (nn.Linear(c.d_model, c.d_ff, bias=False) for _ in range(2))
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
-        h = self.attn_norm(x)                                                  # (B, T, D)
+    def forward(self, x: Tensor, context: tuple) -> Tensor:
+        h, (cos, sin, mask) = self.attn_norm(x), context                       # (B, T, D)
         q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for p in (self.q, self.k, self.v))                          # (B, H, T, head_dim)
-        q, k = (rotate(y, context.cos, context.sin) for y in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, context.mask, enable_gqa=self.grouped)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.grouped)
         x = x + self.out(y.transpose(1, 2).flatten(2))                         # (B, T, D)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
@@ -158,8 +150,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        self.checkpointing = False          # recompute each layer in the backward pass
+        self.config, self.checkpointing = config, False    # True: recompute layers in the backward
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -168,10 +159,10 @@ class Backbone(nn.Module):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=0.1)
 
-    def embed(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-              ) -> tuple[torch.Tensor, Context]:
-        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D) and the context.
-        Dream counts positions from the first real token, LLaDA from the first column."""
+    def embed(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D), and the context that
+        all layers share: cos, sin (1 or B, 1, T, head_dim) and the keys' mask (B, 1, 1, T). Dream
+        counts positions from the first real token, LLaDA from the first column."""
         c, h, mask = self.config, self.embedding(ids), None
         position = torch.arange(ids.shape[1], device=ids.device)[None]                 # (1, T)
         if attention_mask is not None:
@@ -182,37 +173,34 @@ class Backbone(nn.Module):
         inverse = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=ids.device).float() / d)
         angle = (position[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
         dtype = torch.float32 if c.rope_fp32 else h.dtype
-        return h, Context(angle.cos().to(dtype), angle.sin().to(dtype), mask)
+        return h, (angle.cos().to(dtype), angle.sin().to(dtype), mask)
 
-    def run(self, h: torch.Tensor, context: Context, start: int, stop: int) -> torch.Tensor:
+    def run(self, h: Tensor, context: tuple, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 on the residual stream h (B, T, D)."""
         for layer in self.layers[start:stop]:
-            if self.checkpointing and h.requires_grad:
-                h = checkpoint(layer, h, context, use_reentrant=False)
-            else:
-                h = layer(h, context)
+            again = self.checkpointing and h.requires_grad
+            h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
         return h
 
-    def pick(self, h: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def pick(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Align h with the tokens it scores (undo the shift), then keep rows, a bool (B, T)."""
         if self.config.shift:
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)
         return h if rows is None else h[rows]                                  # (B, T, D) or (N, D)
 
-    def head(self, h: torch.Tensor) -> torch.Tensor:
+    def head(self, h: Tensor) -> Tensor:
         """Picked h (..., D) -> logits (..., V)."""
         return self.lm_head(self.norm(h))
 
-    def forward(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                rows: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, rows: Tensor | None = None
+                ) -> Tensor:
         """Logits (B, T, V), or (N, V) at rows; logits[:, i] scores token i, for Dream too."""
         h, context = self.embed(ids, attention_mask)
         return self.head(self.pick(self.run(h, context, 0, len(self.layers)), rows))
 
 # ----------------------------------------------------------------------------------- weights
 # A checkpoint folder holds config.json, *.safetensors (with or without an index) and, but for
-# tiny, the tokeniser's files. Below: our names and theirs.
-
+# tiny, the tokeniser's files. Our names and theirs:
 CONFIG_KEYS = {
     "llada": dict(n_layer="n_layers", n_head="n_heads", n_kv_head="n_kv_heads", d_model="d_model",
                   d_ff="mlp_hidden_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
@@ -221,7 +209,7 @@ CONFIG_KEYS = {
                   n_kv_head="num_key_value_heads", d_model="hidden_size",
                   d_ff="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta"),
 }
-CONFIG_FIXED = {                   # under other settings their model is not the architecture above
+CONFIG_FIXED = {                   # under other settings theirs is not the architecture above
     "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
                   alibi=False, include_bias=False, attention_layer_norm=False, weight_tying=False,
                   scale_logits=False, input_emb_norm=False),
@@ -231,12 +219,13 @@ CONFIG_FIXED = {                   # under other settings their model is not the
 TENSOR_NAMES = {
     "llada": dict(
         embedding="model.transformer.wte", norm="model.transformer.ln_f",
-        lm_head="model.transformer.ff_out", layers="model.transformer.blocks", q="q_proj", k="k_proj",
-        v="v_proj", out="attn_out", mlp_norm="ff_norm", gate="ff_proj", up="up_proj", down="ff_out"),
+        lm_head="model.transformer.ff_out", layers="model.transformer.blocks", mlp_norm="ff_norm",
+        q="q_proj", k="k_proj", v="v_proj", out="attn_out", gate="ff_proj", up="up_proj",
+        down="ff_out"),
     "dream": dict(
         embedding="model.embed_tokens", norm="model.norm", layers="model.layers",
-        attn_norm="input_layernorm", q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj",
-        out="self_attn.o_proj", mlp_norm="post_attention_layernorm", gate="mlp.gate_proj",
+        attn_norm="input_layernorm", mlp_norm="post_attention_layernorm", q="self_attn.q_proj",
+        k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj", gate="mlp.gate_proj",
         up="mlp.up_proj", down="mlp.down_proj"),
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -260,7 +249,7 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     found = read_json(path)
     kind = str(found.pop("model_type", None)).lower()
-    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada, Dream or tiny")
+    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada or Dream")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
         ensure(found.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
     try:
@@ -297,15 +286,17 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]
         check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
         return dict(pairs)
 
+    ensure(path.is_file(), f"{path} is missing; fetch it again")
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        check(8 <= size and length <= min(size - 8, 10 ** 8), f"{size:,} bytes, header of {length:,}")
+        check(8 <= size and length <= min(size - 8, 10 ** 8), f"{size} bytes, header of {length}")
         header = read_json(path, file.read(length), unique)
     header.pop("__metadata__", None)
     entries, end = {}, 8 + length
     for name, entry in header.items():
         try:
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            start, stop = entry["data_offsets"]
             sound = (all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
                      and stop - start == math.prod(shape) * dtype.itemsize)
         except (KeyError, TypeError, ValueError):
@@ -313,7 +304,7 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]
         check(sound, f"tensor {name!r} has the entry {str(entry)[:99]}")
         entries[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
     for name, (*_, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        check(start == end, f"tensor {name!r} starts at byte {start:,}, the one before ends at {end:,}")
+        check(start == end, f"tensor {name!r} starts at byte {start}, the last one ends at {end}")
         end = stop
     check(end == size, f"its header ends at byte {end:,}, the file at {size:,}")
     return entries
@@ -324,8 +315,8 @@ def shard_paths(folder: Path) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     listed = read_json(index).get("weight_map")
-    ensure(isinstance(listed, dict) and all(isinstance(f, str) and f == os.path.basename(f)
-                                            for f in listed.values()),
+    sound = isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values())
+    ensure(sound and all(name == os.path.basename(name) for name in listed.values()),
            f"{index} has no weight_map of plain file names; fetch it again")
     return [folder / name for name in sorted(set(listed.values()))]
 
@@ -339,19 +330,16 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
     folder = find_weights(path_or_preset)
     config, source = read_config(folder), {}
     for path in shard_paths(folder):
-        ensure(path.is_file(), f"{path} is missing; fetch it again")
         for name, entry in read_header(path).items():
             ensure(name not in source, f"{path} repeats tensor {name!r} of another file")
             source[name] = (path, *entry)
     with torch.device("meta"):
         backbone = Backbone(config)
     shapes = {original_name(config.kind, n): list(p.shape) for n, p in backbone.named_parameters()}
-    for name in sorted(shapes.keys() ^ source.keys()):
-        raise InputError(f"{folder} {'lacks' if name in shapes else 'also holds'} tensor {name!r}; "
-                         "config.json and *.safetensors must belong together")
-    for name, (path, found, shape, *_) in source.items():
-        ensure(shape == shapes[name], f"{path} holds {name!r} with shape {shape}, not {shapes[name]}; "
-               "config.json and *.safetensors must belong together")
+    for name in sorted(shapes.keys() | source.keys()):
+        want, (path, found, shape, *_) = shapes.get(name), source.get(name, (folder, None, None))
+        ensure(shape == want, f"{path} has shape {shape} for tensor {name!r} where config.json has "
+               f"{want}; fetch a folder whose config.json and weights belong together")
     dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else found)
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for name, p in backbone.named_parameters():
@@ -391,11 +379,12 @@ def find_weights(path_or_preset: str | Path) -> Path:
     """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download."""
     folder, (_, repo) = Path(path_or_preset), PRESETS.get(str(path_or_preset), (None, None))
     if repo is None:
-        ensure(folder.is_dir(), f"{folder} is no folder and none of {', '.join(PRESETS)}; give one of "
-               "these, or for tiny run first: python train.py")
+        ensure(folder.is_dir(), f"{folder} is no folder and none of {', '.join(PRESETS)}; give "
+               "one of these, or for tiny run first: python train.py")
         return folder
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{repo.replace('/', '--')}"
+    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    cached /= f"models--{repo.replace('/', '--')}"
     if (cached / "refs" / "main").is_file():
         snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
         shards = shard_paths(snapshot)
@@ -407,7 +396,7 @@ def fetch(url: str, part: Path) -> None:
     """One try to add to the file `part` what it lacks of url."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):     # not for where it redirects
+    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):   # not for redirections
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
     with urllib.request.urlopen(request, timeout=60) as response:
         start *= response.status == 206                # else the file comes from its beginning
@@ -433,13 +422,14 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
                 fetch(url, part)
             with open(part, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if part.stat().st_size == (size or part.stat().st_size) and digest == (sha256 or digest):
+            found = part.stat().st_size
+            if found == (size or found) and digest == (sha256 or digest):
                 return os.replace(part, path)
-            trouble = f"{part.stat().st_size} bytes of sha256 {digest} came, not {size} of {sha256}"
+            trouble = f"{found} bytes of sha256 {digest} came, not {size} of {sha256}"
             part.unlink()
         except urllib.error.HTTPError as error:
             ensure(error.code in (416, 429) or error.code >= 500, f"{url} answered {error.code} "
-                   f"{error.reason}; check the address, and HF_TOKEN where the repository needs one")
+                   f"{error.reason}; check the address, and HF_TOKEN where one is needed")
             if error.code == 416:                      # our part is longer than the file
                 part.unlink()
             trouble = f"it answered {error.code}"
@@ -459,8 +449,8 @@ def download_repository(repo: str, folder: Path) -> Path:
                  if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", f["rfilename"])}
         revision, total = found["sha"], sum(size for size, _ in files.values())
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{endpoint()} lists {repo} in an unknown form; check HF_ENDPOINT, or fetch "
-                         "the folder by other means and give it with --weights")
+        raise InputError(f"{endpoint()} lists {repo} in an unknown form; check HF_ENDPOINT, or "
+                         "fetch the folder by other means and give it with --weights")
     print(f"{repo}: {len(files)} files, {total / 1e9:.1f} GB, into {folder}", file=sys.stderr)
     for name, (size, sha256) in files.items():
         if not (folder / name).exists():
@@ -469,7 +459,6 @@ def download_repository(repo: str, folder: Path) -> Path:
     return folder
 
 # --------------------------------------------------------------------------------- tokeniser
-
 PATTERNS = {
     "llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
              r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -477,15 +466,15 @@ PATTERNS = {
              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 TEMPLATES = {                      # start, every message, where the assistant begins
-    "llada": ("<|startoftext|>", "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+    "llada": ("<|startoftext|>",
+              "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
               "<|start_header_id|>assistant<|end_header_id|>\n\n"),
     "dream": ("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
     "tiny": ("", "{content}\nAnswer:", ""),
 }
-# tiny: 256 bytes, and the words of the built-in problems
-TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
-              "\n####", " red", " blue", " gold", " green", " black", " white", " pink", " brown"]
-TINY_WORDS += [f" {digit}" for digit in range(10)]
+TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives",
+              "\nAnswer:", "\n####", " red", " blue", " gold", " green", " black", " white",
+              " pink", " brown", *(f" {digit}" for digit in range(10))]       # besides the 256 bytes
 
 class Tokenizer:
     """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
@@ -494,14 +483,14 @@ class Tokenizer:
         self.kind, self.encoding, self.hidden, self.nfc = kind, encoding, hidden, nfc
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Ids of text; no start token is added. special=False takes control tokens as plain text."""
+        """Ids of text; no start token is added. special=False: control tokens are plain text."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         text = text.encode("utf-8", "replace").decode()          # lone surrogates have no bytes
         return self.encoding.encode(text, allowed_special="all" if special else set(),
                                     disallowed_special=())
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of ids; ids without a token (padded embedding rows) and broken bytes become U+FFFD."""
+        """Text of ids; ids without a token (padded embeddings) and broken bytes are U+FFFD."""
         def piece(i: int) -> bytes:
             try:
                 return self.encoding.decode_single_token_bytes(i)
@@ -526,24 +515,22 @@ def tiny_tokenizer() -> Tokenizer:
     ranks = {bytes([i]): i for i in range(256)}
     for word in TINY_WORDS:
         ranks.setdefault(word.encode(), len(ranks))
-    pattern = "|".join(re.escape(word) for word in TINY_WORDS) + r"|[\s\S]"
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
-    encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    encoding = tiktoken.Encoding("tiny", pat_str="|".join(map(re.escape, TINY_WORDS)) + r"|[\s\S]",
+                                 mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
 
 def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
-    """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt and
-    tokenizer_config.json) or preset. Raises InputError where its files are not of the known form."""
-    if str(path_or_preset) == "tiny":
-        return tiny_tokenizer()
-    folder = find_weights(path_or_preset)
-    kind = read_config(folder).kind
+    """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt,
+    tokenizer_config.json) or preset. Raises InputError for files of another form."""
+    folder = Path() if str(path_or_preset) == "tiny" else find_weights(path_or_preset)
+    kind = "tiny" if str(path_or_preset) == "tiny" else read_config(folder).kind
     if kind == "tiny":
         return tiny_tokenizer()
     # GPT-2's printable names of the 256 bytes: those without one of their own follow from U+0100
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(b): b for b in shown} | {
-        chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(shown)))}
+    hidden = sorted(set(range(256)) - set(shown))
+    byte_of = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
     try:
         if kind == "llada":
             found = read_json(folder / "tokenizer.json")
@@ -557,19 +544,15 @@ def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
             merges = merges[merges[0].startswith("#version"):]
             table = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
             added = {t["content"]: (int(i), t["special"]) for i, t in table.items()}
-        if split != PATTERNS[kind] or normalizer not in (None, "NFC"):
-            raise ValueError(f"it splits by {split!r} after {normalizer!r}")
-        for rank, merge in enumerate(merges):
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            if vocab[left + right] != 256 + rank:
-                raise ValueError(f"merge {rank} is token {vocab[left + right]}, not {256 + rank}")
-        n = 256 + len(merges)
+        n, merges = 256 + len(merges), [m.split(" ") if isinstance(m, str) else m for m in merges]
+        wrong = [merge for rank, merge in enumerate(merges) if vocab["".join(merge)] != 256 + rank]
         ranks = {bytes(byte_of[char] for char in token): i for token, i in vocab.items() if i < n}
-        if sorted(ranks.values()) != list(range(n)):
-            raise ValueError(f"its ids are not 0 to {n - 1}")
+        if wrong or sorted(ranks.values()) != list(range(n)) or normalizer not in (None, "NFC") or (
+                split != PATTERNS[kind]):
+            raise ValueError(f"merges {wrong[:1]}, split {split!r}, normalizer {normalizer!r}")
         encoding = tiktoken.Encoding(kind, pat_str=PATTERNS[kind], mergeable_ranks=ranks,
                                      special_tokens={text: i for text, (i, _) in added.items()})
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{folder} holds no {kind} tokeniser, a byte-level BPE with id = 256 + merge "
-                         f"rank ({error!r}); fetch its tokeniser files again")
+        raise InputError(f"{folder} holds no {kind} tokeniser, a byte-level BPE with id = 256 + "
+                         f"merge rank ({error!r}); fetch its tokeniser files again")
     return Tokenizer(kind, encoding, {i for i, hide in added.values() if hide}, normalizer == "NFC")

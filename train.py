@@ -23,8 +23,8 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -36,8 +36,8 @@ from model import (TINY, Backbone, InputError, Tokenizer, ensure, load_backbone,
                    run_program, save_backbone, start_device, write_atomically)
 
 DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, iters=800, batch=64, accumulate=1, lr=3e-3, max_length=64),
-    "8b": dict(K=4, iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
+    "tiny": dict(K=6, confident=0.8, iters=1000, batch=64, accumulate=1, lr=3e-3, max_length=64),
+    "8b": dict(K=4, confident=0.0, iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
 }
 EVAL_STEPS = (20, 10, 8, 5, 4)
 
@@ -48,16 +48,17 @@ def read_example(item: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]
         return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
 
     if "messages" in item:
-        messages = item["messages"]
-        if not isinstance(messages, list) or not all(is_text(m, "role", "content") for m in messages):
+        turns = item["messages"]
+        if not (isinstance(turns, list) and all(is_text(m, "role", "content") for m in turns)):
             raise ValueError("messages is no list of {role, content}, both text")
-        while messages and messages[-1]["role"] != "assistant":
-            messages = messages[:-1]
-        if len(messages) < 2:
+        while turns and turns[-1]["role"] != "assistant":
+            turns = turns[:-1]
+        if len(turns) < 2:
             raise ValueError("messages has no assistant turn after another turn")
-        prompt, answer = tokenizer.chat(messages[:-1]), messages[-1]["content"]
+        prompt, answer = tokenizer.chat(turns[:-1]), turns[-1]["content"]
     elif is_text(item, "question", "answer"):
-        prompt, answer = tokenizer.chat([{"role": "user", "content": item["question"]}]), item["answer"]
+        prompt = tokenizer.chat([{"role": "user", "content": item["question"]}])
+        answer = item["answer"]
     elif is_text(item, "prompt", "completion"):
         prompt, answer = tokenizer.encode(item["prompt"], special=False), item["completion"]
     else:
@@ -102,7 +103,7 @@ class Batches:
         rows = np.concatenate([w[np.argsort(self.lengths[w], kind="stable")] for w in windows])
         return rng.permutation(rows.reshape(self.per_epoch, self.batch))
 
-    def __call__(self, step: int, part: slice, device: torch.device) -> dict[str, torch.Tensor]:
+    def __call__(self, step: int, part: slice, device: torch.device) -> dict[str, Tensor]:
         """Rows `part` of the batch of a step: ids, maskable (B, T) and every random draw."""
         epoch, i = divmod(step, self.per_epoch)
         T, columns = self.lengths[self.epoch(epoch)[i]].max(), []
@@ -127,7 +128,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
         return self.loss(self.model, **batch)
 
 def backbone_loss(backbone: Backbone, *, ids, maskable, t, noise, **_) -> tuple:
@@ -141,14 +142,15 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
         args: argparse.Namespace, iters: int, lr: float) -> None:
     """Train model in place for iters steps, its checkpoints in path, a log beside it. about goes
     into the checkpoint; with --resume its settings must be the same."""
-    device, log, start, stop = next(model.parameters()).device, path.with_suffix(".log.jsonl"), 0, []
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    device, log = next(model.parameters()).device, path.with_suffix(".log.jsonl")
+    start, stop, optimizer = 0, [], torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if args.resume and path.exists():
         state = load_checkpoint(path)
         for key, value in about["settings"].items():
             ensure(state["settings"].get(key) == value, f"{path} was trained with {key} = "
-                   f"{state['settings'].get(key)}, not {value}; resume with that, or give another --out")
+                   f"{state['settings'].get(key)}, not {value}; give that, or another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -176,8 +178,8 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
         if world > 1:
             dist.all_reduce(losses)
         *losses, stopped = (losses / world).tolist()
-        ensure(math.isfinite(losses[0]), f"the loss became {losses[0]} at step {step}; lower --lr or "
-               f"clean the data, and go on with --resume from the last checkpoint, {path}")
+        ensure(math.isfinite(losses[0]), f"the loss became {losses[0]} at step {step}; lower --lr "
+               f"or clean the data, and go on with --resume from the last checkpoint, {path}")
         # 2. one step of the optimiser: linear warm-up, then a cosine down to a tenth
         rate = lr * min(1, (step + 1) / args.warmup) * (
             0.55 + 0.45 * math.cos(math.pi * (step + 1) / iters))
@@ -187,12 +189,13 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
         optimizer.zero_grad()
         # 3. log and save
         if rank == 0:
-            line = {"step": step, "loss": losses[0], "by_step": losses[1:], "lr": rate, "norm": norm}
+            line = dict(step=step, loss=losses[0], by_step=losses[1:], lr=rate, norm=norm)
             with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in losses[1:]), refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == iters or stopped:
-                save_checkpoint(path, model, step=step + 1, optimizer=optimizer.state_dict(), **about)
+                save_checkpoint(path, model, step=step + 1, optimizer=optimizer.state_dict(),
+                                **about)
         if stopped:
             bar.close()
             print(f"stopped after step {step + 1}; {path} is saved, go on with --resume")
@@ -204,8 +207,9 @@ def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryles
     """Accuracy of the frozen backbone, MetaState and its controls on the same problems, by number
     of denoising steps; printed, and saved as table.md and, problem by problem, table.json."""
     problems, lines, right = dial_problems(args.split, args.problems), [], {}
-    rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"), "memory reset": (memory, "reset"),
-            "memory shuffled": (memory, "shuffle"), "memoryless-trained": (memoryless, "reset")}
+    rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"),
+            "memory reset": (memory, "reset"), "memory shuffled": (memory, "shuffle"),
+            "memoryless-trained": (memoryless, "reset")}
     bar = tqdm(total=len(rows) * sum(EVAL_STEPS), desc="evaluate")
     for name, (model, carry) in rows.items():
         line, right[name] = f"| {name} |", {}
@@ -219,9 +223,9 @@ def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryles
             line += f" [{100 * low:+.1f}, {100 * high:+.1f}] |" if model else " |"
         lines.append(line)
     bar.close()
-    text = "\n".join([f"Exact match (%) on {len(problems)} {args.split} problems, by denoising steps; in "
-                      "brackets the paired 95 % interval of the difference to frozen", "",
-                      f"| steps | {' | '.join(map(str, EVAL_STEPS))} |",
+    head = (f"Exact match (%) on {len(problems)} {args.split} problems, by denoising steps; in "
+            "brackets the paired 95 % interval of the difference to frozen")
+    text = "\n".join([head, "", f"| steps | {' | '.join(map(str, EVAL_STEPS))} |",
                       "|---" * (len(EVAL_STEPS) + 1) + "|", *lines, ""])
     print(text)
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
@@ -243,7 +247,8 @@ def arguments() -> argparse.Namespace:
     add("--K", type=int, help="denoising steps of a trajectory (default: tiny 6, else 4)")
     add("--lam", type=float, default=0.5, help="weight of the dense loss, against the reveal loss")
     add("--alpha", type=float, default=1.0, help="Dirichlet concentration of the reveal counts")
-    add("--confident", type=float, default=0.3, help="share of rows that reveal by confidence")
+    add("--confident", type=float, help="share of rows that reveal by confidence, not at random "
+        "(default: tiny 0.8, else 0)")
     add("--carry", default="keep", choices=("keep", "detach", "reset"),
         help="the memory between steps; the last two are ablations")
     add("--no-checkpointing", action="store_true", help="keep all activations: faster, more memory")
@@ -269,11 +274,11 @@ def main() -> None:
     args = arguments()
     device, rank, world = start_device(args.device)
     tiny, out = args.init == "tiny", args.out or Path("out") / Path(args.init).name
-    ensure(args.batch % (world * args.accumulate) == 0, f"--batch {args.batch} is no multiple of {world} "
-           f"processes times --accumulate {args.accumulate}; make it one")
+    ensure(args.batch % (world * args.accumulate) == 0, f"--batch {args.batch} is no multiple of "
+           f"{world} processes times --accumulate {args.accumulate}; make it one")
     ensure(args.resume or not (out / "memory.pt").exists(), f"{out} holds a run; go on with it by "
            "--resume, or give another --out")
-    ensure(tiny or args.data, f"--init {args.init} needs examples to train on; give --data FILE.jsonl")
+    ensure(tiny or args.data, f"--init {args.init} needs examples; give --data FILE.jsonl")
     settings = {key: str(value) for key, value in vars(args).items() if key not in (
         "out", "resume", "save_every", "weights", "device", "compile", "split", "accumulate",
         "no_checkpointing", "problems")}

@@ -11,7 +11,7 @@ import torch
 import eval_gsm8k as E
 from conftest import ROOT, SHARED, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
-from model import TINY, Backbone, InputError, run_program, save_backbone, tiny_tokenizer
+from model import TINY, Backbone, run_program, save_backbone, tiny_tokenizer
 
 
 @needs_shared

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_dropped_with_a_count(capsys):
 
 def test_the_splits_of_the_built_in_problems_are_disjoint():
     splits = [{p["question"] for p in dial_problems(split)} for split in ("test", "valid", "train")]
-    assert [len(s) for s in splits] == [2000, 1000, 10 * 8**4 - 3000]
+    assert [len(s) for s in splits] == [1000, 1000, 10 * 8**4 - 2000]
     assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
 
 

@@ -1,0 +1,55 @@
+"""Draw the README's pictures from the logs of finished runs: python assets/plot.py out/tiny [...]
+
+Needs matplotlib, for this script only. Accuracy: mean over runs, bars from the lowest to the
+highest run. Loss: mean over runs and over 20 steps of training.
+"""
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+HERE = Path(__file__).parent
+STYLE = {"frozen": "k--", "MetaState": "C0o-", "memory reset": "C1s-", "memory shuffled": "C3^-",
+         "memoryless-trained": "C2d-"}
+
+
+def losses(run: Path, name: str) -> np.ndarray:
+    lines = (run / f"{name}.log.jsonl").read_text().splitlines()
+    return np.array([json.loads(line)["by_step"] for line in lines])
+
+
+def main(runs: list[Path]) -> None:
+    tables = [json.loads((run / "table.json").read_text()) for run in runs]
+    plt.figure(figsize=(6, 4))
+    for name, style in STYLE.items():
+        steps = sorted(map(int, tables[0][name]))
+        y = np.array([[100 * np.mean(table[name][str(s)]) for s in steps] for table in tables])
+        plt.errorbar(steps, y.mean(0), [y.mean(0) - y.min(0), y.max(0) - y.mean(0)], fmt=style, capsize=3,
+                     label=name)
+    plt.xlabel("denoising steps for 20 tokens")
+    plt.ylabel("exact match (%)")
+    plt.xscale("log")
+    plt.xticks(steps, steps)
+    plt.minorticks_off()
+    plt.legend()
+    plt.tight_layout()
+    plt.savefig(HERE / "accuracy.png", dpi=110)
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axis, (name, title) in zip(axes, (("memory", "MetaState"), ("memoryless", "memoryless-trained"))):
+        y = np.mean([losses(run, name) for run in runs], 0)
+        y = y[:len(y) // 20 * 20].reshape(-1, 20, y.shape[1]).mean(1)
+        for k in range(y.shape[1]):
+            axis.plot(20 * np.arange(len(y)), y[:, k], color=plt.cm.viridis(k / y.shape[1]), label=f"k = {k + 1}")
+        axis.set_title(title)
+        axis.set_xlabel("training step")
+    axes[0].set_ylabel("dense loss of unrolled step k")
+    axes[1].legend()
+    plt.tight_layout()
+    plt.savefig(HERE / "loss.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main([Path(argument) for argument in sys.argv[1:]] or [Path("out/tiny")])
