@@ -3,15 +3,14 @@ masked-diffusion backbone.
 
 One denoising step. The memory s has M slots of width d, whatever the length T of the sequence:
 
-  ids (B, T) -- embed -- layers 0..w --(+)-- layers w..r --+--(+)-- layers r..L -- pick -- head
-                                        ^                  |   ^
-                               Injector |            Mixer |   | Injector
-                                        |                  v   |
+  ids (B, T) -- embed -- layers 0..w --(+)-- layers w..r --+-- layers r..L -- pick -- head
+                                        ^                  |
+                   tokens ask slots     | Injector         | Mixer    slots ask tokens
+                                        |                  v
   s (B, M, d) --------------------------+-------------> Updater ------> s' (B, M, d)
 
-The Mixer lets slots ask tokens, the Updater is a gated recurrent unit, s' = (1 - z) s + z n, the
-Injectors let tokens ask slots: before layer w what was remembered, at layer r what is new. All
-of them see the time t, the masked fraction, through one conditioner. In training, K steps:
+The Updater is a gated recurrent unit, s' = (1 - z) s + z n. All three see the time t, the masked
+fraction, through one conditioner. In training, K steps:
 
   s0 --> step 1 --> s1 --> step 2 --> s2 --> ... --> step K         s0: learned
             |                 |                         |           ids of the next step: these,
@@ -42,8 +41,8 @@ class MemoryConfig:
     d_slot: int
     n_head: int
     d_time: int                    # width of the time conditioner
-    write_layer: int               # w
-    read_layer: int                # r
+    write_layer: int               # w: the Injector writes before it
+    read_layer: int                # r: the Mixer reads before it
 
 def preset(backbone: Backbone) -> MemoryConfig:
     """The memory for a backbone: about 0.6 % of an 8B one, as large as the tiny one itself."""
@@ -51,7 +50,7 @@ def preset(backbone: Backbone) -> MemoryConfig:
     if c.kind == "tiny":
         return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64, write_layer=0,
                             read_layer=c.n_layer)
-    return MemoryConfig(c.d_model, n_slots=64, d_slot=1152, n_head=9, d_time=256,
+    return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256,
                         write_layer=c.n_layer // 4, read_layer=3 * c.n_layer // 4)
 
 def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
@@ -128,12 +127,12 @@ class MetaState(nn.Module):
         self.time = TimeConditioner(c.d_time)
         self.mixer = Mixer(c.d_slot, c.d_model, c)
         self.updater = Updater(c)
-        self.injectors = nn.ModuleList(Injector(c.d_model, c.d_slot, c) for _ in range(2))
-        self.sharpness = nn.Parameter(torch.empty(2, c.n_head))    # of Mixer and Injectors, by head
+        self.injector = Injector(c.d_model, c.d_slot, c)
+        self.sharpness = nn.Parameter(torch.empty(2, c.n_head))    # of Mixer and Injector, by head
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All initialisation. The Injectors' outputs are zero: an untrained memory is a no-op."""
+        """All initialisation. The Injector's output is zero: an untrained memory is a no-op."""
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -144,8 +143,7 @@ class MetaState(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, AdaRMSNorm):
                 nn.init.zeros_(module.gain.weight)
-            if isinstance(module, Injector):
-                nn.init.zeros_(module.out.weight)
+        nn.init.zeros_(self.injector.out.weight)
 
     def initial(self, batch: int) -> Tensor:
         """The learned slots before the first step, (B, M, d)."""
@@ -160,7 +158,7 @@ class MetaState(nn.Module):
         (B, T) bool: where logits are wanted; slots (B, M, d). Returns h (N, D) for backbone.head,
         and the new slots; a trace list is given the time, mean gate and change of every slot.
         """
-        c, (before, after) = self.config, self.injectors
+        c = self.config
         # Slots are anchored evenly along the maskable positions: each looks first at its stretch.
         # Places are in units of slots and do not depend on the prompt, on padding or on the batch.
         place = maskable.cumsum(1) / maskable.sum(1, keepdim=True).clamp(min=1) * c.n_slots - 0.5
@@ -176,11 +174,10 @@ class MetaState(nn.Module):
         precision = dict(device_type=h.device.type, dtype=h.dtype, enabled=h.dtype != torch.float32)
         with torch.autocast(**precision):
             time = self.time(t)
-            h = h + before(h, slots, time, to_tokens.mT).to(h.dtype)
+            h = h + self.injector(h, slots, time, to_tokens.mT).to(h.dtype)
         h = backbone.run(h, context, c.write_layer, c.read_layer)
         with torch.autocast(**precision):
             new, update = self.updater(slots, self.mixer(slots, h, time, to_slots), time)
-            h = h + after(h, new, time, to_tokens.mT).to(h.dtype)
         if trace is not None:
             change = (new - slots).norm(dim=-1) / slots.norm(dim=-1)
             trace.append({"t": t, "update_gate": update.mean(-1), "slot_change": change})

@@ -45,12 +45,6 @@ def unanchored(memory: MetaState) -> None:
     torch.nn.init.zeros_(memory.sharpness).requires_grad_(False)
 
 
-def silence(which: int):
-    def change(memory: MetaState) -> None:
-        memory.injectors[which].out.weight.requires_grad_(False)       # stays zero
-    return change
-
-
 # name: options of train.py, fields of MemoryConfig, a change to the new memory
 VARIANTS = {
     "default": ({}, {}, None),
@@ -60,8 +54,6 @@ VARIANTS = {
     "no Updater (overwrite)": ({}, {}, overwrite),
     "no time conditioner": ({}, {}, timeless),
     "slots not anchored": ({}, {}, unanchored),
-    "no Injector before the layers": ({}, {}, silence(0)),
-    "no Injector after the read": ({}, {}, silence(1)),
     "random reveal order": ({"confident": 0.0}, {}, None),
     "confidence reveal order": ({"confident": 1.0}, {}, None),
     "reveal loss only (lam 0)": ({"lam": 0.0}, {}, None),

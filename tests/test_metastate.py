@@ -132,7 +132,7 @@ def test_what_step_one_read_changes_the_loss_of_step_four_through_the_memory_alo
             lambda module, inputs, output: calls.append(1) or (output + 1 if len(calls) == 1 else None))
         moved = losses(backbone, memory, carry=carry)[1]
         handle.remove()
-        assert (moved != base[carry]).tolist() == [True] + [carry == "keep"] * 3
+        assert (moved != base[carry]).tolist() == [False] + [carry == "keep"] * 3
 
 
 def test_trace_tells_time_gate_and_change(backbone, memory):

@@ -28,7 +28,7 @@ def trained(tmp_path):
     torch.manual_seed(0)
     backbone = Backbone(TINY)
     memory = MetaState(preset(backbone))
-    torch.nn.init.normal_(memory.injectors[0].out.weight)
+    torch.nn.init.normal_(memory.injector.out.weight)
     save_backbone(backbone, tmp_path / "out" / "tiny" / "backbone")
     save_checkpoint(tmp_path / "out" / "tiny" / "memory.pt", memory, config=asdict(memory.config),
                     backbone="tiny")
