@@ -29,17 +29,19 @@ def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 2
     return tuple(map(torch.cat, zip(*parts)))
 
 def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor, noise: Tensor,
-                   eps: float = 1e-3) -> Tensor:
+                   keep: float = 0.0, eps: float = 1e-3) -> Tensor:
     """Denoising loss at one time per row, weighted by 1/t. ids, maskable (B, T); t (B,) and noise
     (B, T) uniform in [0, 1). With everything maskable this is LLaDA's pretraining loss; with the
-    answer and its end-of-text padding maskable, its SFT loss."""
+    answer and its end-of-text padding maskable, its SFT loss. keep: a share of the maskable tokens
+    that is scored even where it is visible, as BERT's unchanged tokens are."""
     p = (1 - eps) * t[:, None] + eps                                           # mask_ratio (B, 1)
     masked = maskable & (noise < p)
+    scored = masked | maskable & (noise > 1 - keep)
     h, context = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))
     h = backbone.run(h, context, 0, len(backbone.layers))
-    ce, _ = cross_entropy(backbone, backbone.pick(h, masked), ids[masked])
-    weight = (1 / (p * maskable.sum(1, keepdim=True))).expand_as(noise)[masked]
-    return (ce * weight).sum() / len(ids)
+    ce, _ = cross_entropy(backbone, backbone.pick(h, scored), ids[scored])
+    weight = torch.where(masked, 1 / p, 1.0) / maskable.sum(1, keepdim=True)
+    return (ce * weight[scored]).sum() / len(ids)
 
 def choose(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
     """The n (B,) eligible positions of highest score in each row, ties to the left; bool (B, T)."""

@@ -198,19 +198,25 @@ def test_settings_that_cannot_work_are_refused(settings, word, backbone):
 # ------------------------------------------------------------------------------------ losses
 
 
-def test_the_diffusion_loss_is_lladas(backbone):
-    """sum(CE / p) over masked answer tokens, over the answer's length, averaged over rows."""
+@pytest.mark.parametrize("keep", [0.0, 0.4])
+def test_the_diffusion_loss_is_lladas(keep, backbone):
+    """sum(CE / p) over masked answer tokens, over the answer's length, averaged over rows; with
+    keep, a share of the visible ones counts too, with weight 1."""
     ids, maskable = torch.randint(300, (3, 10)), torch.zeros(3, 10, dtype=torch.bool)
     maskable[0, 4:] = maskable[1, 7:] = maskable[2] = True
     t, noise = torch.tensor([0.9, 0.5, 0.2]), torch.rand(3, 10)
-    want = 0
+    want, kept = 0, 0
     for b in range(3):
         p, canvas = (1 - 1e-3) * t[b] + 1e-3, ids[b].clone()
         masked = [i for i in range(10) if maskable[b, i] and noise[b, i] < p]
-        canvas[masked] = MASK
+        visible = [i for i in range(10) if maskable[b, i] and p <= noise[b, i] and noise[b, i] > 1 - keep]
+        canvas[masked], kept = MASK, kept + len(visible)
         logits = backbone(canvas[None])[0]
-        want += sum(F.cross_entropy(logits[i], ids[b, i]) / p for i in masked) / maskable[b].sum() / 3
-    torch.testing.assert_close(diffusion_loss(backbone, ids, maskable, t, noise), want)
+        for weight, positions in ((1 / p, masked), (1, visible)):
+            ce = sum(F.cross_entropy(logits[i], ids[b, i]) for i in positions)
+            want += weight * ce / maskable[b].sum() / 3
+    assert (kept > 0) == (keep > 0)
+    torch.testing.assert_close(diffusion_loss(backbone, ids, maskable, t, noise, keep=keep), want)
 
 
 def test_chunks_and_checkpointing_do_not_change_the_cross_entropy(backbone):
