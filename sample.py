@@ -20,46 +20,56 @@ from eval_gsm8k import dial_problems
 from metastate import model_arguments, open_models
 from model import Backbone, Config, Tokenizer, ensure, run_program, start_device, write_atomically
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MetaState, step by step</title>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MetaState by steps</title>
 <style>
 :root { color-scheme: light dark; font: 15px system-ui, sans-serif }
 body { max-width: 75em; margin: 1.5em auto; padding: 0 1em }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24em, 1fr)); gap: 2em }
 .text { font: 14px/2 monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 .text span { border-radius: 3px; padding: 2px 1px; color: CanvasText }
-.text .now { outline: 2px solid CanvasText } .text .mask { color: GrayText }
-input { width: 100% } canvas { width: 100%; height: 9em; image-rendering: pixelated; border: 1px solid GrayText }
-small, .legend { color: GrayText }
+.text .now { outline: 2px solid CanvasText } .text .mask, small { color: GrayText }
+input, canvas { width: 100% } canvas { height: 9em; image-rendering: pixelated; outline: 1px solid }
 </style>
 <h1>Denoising, step by step</h1>
-<label>step <output id="at"></output> (arrow keys)<input id="slider" type="range" min="0" value="0"></label>
-<p class="legend">Hue: the step that revealed a token. Opacity: how sure it was. Outlined: new in this
-step. &#9617; masked, &#8718; end of text.</p><main id="runs"></main>
+<label>step <output id="at"></output> (arrow keys)<input id="slider" type="range" min="0"></label>
+<p><small>Hue: the step that revealed a token. Opacity: how sure it was. Outlined: new in this step.
+&#9617; masked, &#8718; end of text.</small></p><main id="runs"></main>
 <script>
-const runs = DATA, main = document.getElementById("runs"), slider = document.getElementById("slider");
-const last = Math.max(...runs.map(r => r.steps)), make = (tag, to, text = "") => {
-  const e = document.createElement(tag); e.textContent = text; to.append(e); return e; };
-const hue = k => 360 * (k - 1) / last, views = runs.map(run => {
-  const box = make("section", main); make("h2", box, run.name); make("p", box, run.prompt).className = "text";
-  const text = make("p", box); text.className = "text"; const maps = [];
-  for (const [key, what] of [["slot_change", "change"], ["update_gate", "update gate"]]) if (run[key].length) {
-    make("small", box, what + " of the memory: slots down, steps across"); const c = make("canvas", box);
-    c.width = run[key].length; c.height = run[key][0].length; maps.push([c, run[key]]); }
+const runs = DATA, find = id => document.getElementById(id), slider = find("slider");
+const last = Math.max(...runs.map(run => run.steps));
+function make(tag, to, text, name = "") {
+  const e = document.createElement(tag); e.textContent = text; e.className = name;
+  to.append(e); return e; }
+const views = runs.map(run => {
+  const box = make("section", find("runs"), ""), maps = [];
+  make("h2", box, run.name); make("p", box, run.prompt, "text");
+  const text = make("p", box, "", "text");
+  for (const [key, what] of [["slot_change", "change"], ["update_gate", "update gate"]])
+    if (run[key].length) {
+      make("small", box, what + " of the memory: slots down, steps across");
+      const map = make("canvas", box, "");
+      map.width = run[key].length; map.height = run[key][0].length; maps.push([map, run[key]]); }
   return [run, text, maps]; });
 function show(k) {
-  slider.value = k; document.getElementById("at").textContent = `${k} of ${last}`;
+  slider.value = k; find("at").textContent = `${k} of ${last}`;
   for (const [run, text, maps] of views) {
     text.textContent = ""; const now = Math.min(k, run.steps);
-    run.final.forEach((token, i) => { const r = run.revealed[i], s = make("span", text, r > now ? "\\u2591" : token);
-      if (r > now) s.className = "mask"; else if (r > 0) { if (r == now) s.className = "now";
-        s.style.background = `hsl(${hue(r)} 80% 50% / ${.15 + .5 * run.sure[i]})`; s.title = `step ${r}, ${run.sure[i].toFixed(3)}`; } });
-    for (const [c, rows] of maps) { const g = c.getContext("2d"), top = Math.max(...rows.flat(), 1e-9);
-      g.clearRect(0, 0, c.width, c.height);
+    run.final.forEach((token, i) => {
+      const r = run.revealed[i], name = r > now ? "mask" : r > 0 && r == now ? "now" : "";
+      const span = make("span", text, r > now ? "\\u2591" : token, name);
+      if (r > 0 && r <= now) {
+        span.title = `step ${r}, ${run.sure[i].toFixed(3)}`;
+        const opacity = .15 + .5 * Math.min(1, Math.max(0, run.sure[i]));
+        span.style.background = `hsl(${360 * (r - 1) / last} 80% 50% / ${opacity})`; } });
+    for (const [map, rows] of maps) {
+      const g = map.getContext("2d"), top = Math.max(...rows.flat(), 1e-9);
+      g.clearRect(0, 0, map.width, map.height);
       rows.slice(0, now).forEach((row, x) => row.forEach((v, y) => {
         g.fillStyle = `hsl(265 80% 55% / ${v / top})`; g.fillRect(x, y, 1, 1); })); } } }
 slider.max = last; slider.oninput = () => show(+slider.value);
-document.onkeydown = e => { const d = { ArrowRight: 1, ArrowLeft: -1 }[e.key];
-  if (d) { e.preventDefault(); show(Math.min(last, Math.max(0, +slider.value + d))); } };
+document.onkeydown = event => {
+  const d = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (d) { event.preventDefault(); show(Math.min(last, Math.max(0, +slider.value + d))); } };
 show(0);
 </script></html>
 """
@@ -77,7 +87,7 @@ def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, bac
     """generate's ids, and what it did to the first sample step by step, as the page shows it."""
     c, start = backbone.config, F.pad(ids[0], (0, gen_length), value=backbone.config.mask_id)
     first = int((start == c.mask_id).nonzero()[0])
-    revealed = torch.where(start == c.mask_id, -1, 0)          # step that revealed a token, 0: given
+    revealed = torch.where(start == c.mask_id, -1, 0)       # by which step; 0: given
     sure, traces = torch.zeros(len(start), device=start.device), []
 
     def on_step(canvas, new, confidence, trace) -> None:
@@ -91,8 +101,10 @@ def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, bac
     out = generate(backbone, ids, gen_length=gen_length, on_step=on_step, **settings)
     text = pieces(tokenizer, out[0].tolist(), c)
     page = {"name": name, "prompt": "".join(text[:first]), "final": text[first:],
-            "revealed": revealed[first:].tolist(), "sure": sure[first:].tolist(), "steps": len(traces)}
-    return out, page | {key: [t[key] for t in traces if t] for key in ("slot_change", "update_gate")}
+            "revealed": revealed[first:].tolist(), "sure": sure[first:].tolist(),
+            "steps": len(traces), **{key: [trace[key] for trace in traces if trace]
+                                     for key in ("slot_change", "update_gate")}}
+    return out, page
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -141,8 +153,8 @@ def main() -> None:
     if args.html:
         pages = [page]
         if memory:
-            pages += [run("without memory", batch, tokenizer=tokenizer, backbone=backbone, show=False,
-                          **settings)[1]]
+            pages += [run("without memory", batch, tokenizer=tokenizer, backbone=backbone,
+                          show=False, **settings)[1]]
         text = PAGE.replace("DATA", json.dumps(pages).replace("<", "\\u003c"), 1)
         write_atomically(args.html, lambda file: file.write(text.encode()))
         print(f"{args.html}: open it in a browser", file=sys.stderr)

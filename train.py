@@ -36,8 +36,8 @@ from model import (TINY, Backbone, InputError, Tokenizer, ensure, load_backbone,
                    run_program, save_backbone, start_device, write_atomically)
 
 DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, confident=0.6, iters=1200, batch=64, accumulate=1, lr=3e-3, max_length=64),
-    "8b": dict(K=4, confident=0.0, iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
+    "tiny": dict(K=6, confident=(0.9, 0.3), iters=1800, batch=64, accumulate=1, lr=3e-3, max_length=64),
+    "8b": dict(K=4, confident=(0.0, 0.0), iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
 }
 EVAL_STEPS = (20, 10, 8, 5, 4)
 
@@ -89,9 +89,9 @@ class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
 
     def __init__(self, examples: list, batch: int, *, seed: int, pad_id: int, answer_length: int,
-                 K: int, alpha: float, confident: float):
+                 K: int, alpha: float, confident: tuple[float, float], iters: int):
         self.examples, self.batch, self.seed, self.pad_id = examples, batch, seed, pad_id
-        self.K, self.alpha, self.confident = K, alpha, confident
+        self.K, self.alpha, self.confident, self.iters = K, alpha, confident, iters
         self.lengths = np.array([len(p) + max(len(a), answer_length) for p, a in examples])
         self.per_epoch = max(1, len(examples) // batch)
         self.epoch = lru_cache(1)(self.shuffle)
@@ -107,6 +107,7 @@ class Batches:
         """Rows `part` of the batch of a step: ids, maskable (B, T) and every random draw."""
         epoch, i = divmod(step, self.per_epoch)
         T, columns = self.lengths[self.epoch(epoch)[i]].max(), []
+        confident = np.interp(step / self.iters, (0, 1), self.confident)
         for b in range(self.batch)[part]:
             prompt, answer = self.examples[self.epoch(epoch)[i, b]]
             ids = np.full(T, self.pad_id)
@@ -115,7 +116,7 @@ class Batches:
             rng = np.random.default_rng((self.seed, step, b))
             t, noise = np.float32((b + rng.random()) / self.batch), rng.random(T, np.float32)
             counts = rng.multinomial(T - len(prompt), rng.dirichlet([self.alpha] * self.K))
-            columns.append((ids, maskable, t, noise, counts, rng.random() < self.confident))
+            columns.append((ids, maskable, t, noise, counts, rng.random() < confident))
         names = ("ids", "maskable", "t", "noise", "counts", "by_confidence")
         return {name: torch.from_numpy(np.stack(values)).to(device)
                 for name, values in zip(names, zip(*columns))}
@@ -248,8 +249,9 @@ def arguments() -> argparse.Namespace:
     add("--K", type=int, help="denoising steps of a trajectory (default: tiny 6, else 4)")
     add("--lam", type=float, default=0.5, help="weight of the dense loss, against the reveal loss")
     add("--alpha", type=float, default=1.0, help="Dirichlet concentration of the reveal counts")
-    add("--confident", type=float, help="share of rows that reveal by confidence, not at random "
-        "(default: tiny 0.6, else 0)")
+    add("--confident", type=float, nargs=2, metavar=("FIRST", "LAST"), help="share of rows that "
+        "reveal by confidence, not at random, in the first and last step (default: tiny 0.9 0.3, "
+        "else 0 0)")
     add("--carry", default="keep", choices=("keep", "detach", "reset"),
         help="the memory between steps; the last two are ablations")
     add("--no-checkpointing", action="store_true", help="keep all activations: faster, more memory")
@@ -294,7 +296,7 @@ def main() -> None:
     examples = read_examples(items, str(args.data or "built-in problems"), tokenizer,
                              backbone.config.eos_id, args.max_length)
     batches = partial(Batches, examples, seed=args.seed, pad_id=backbone.config.pad_id, K=args.K,
-                      alpha=args.alpha, confident=args.confident,
+                      alpha=args.alpha, confident=args.confident, iters=args.iters,
                       answer_length=PROTOCOLS["dial"].settings["gen_length"] if tiny else 0)
     if tiny:
         fit(backbone, backbone_loss, batches(args.backbone_batch), out / "backbone.pt",

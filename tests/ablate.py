@@ -54,8 +54,9 @@ VARIANTS = {
     "no Updater (overwrite)": ({}, {}, overwrite),
     "no time conditioner": ({}, {}, timeless),
     "slots not anchored": ({}, {}, unanchored),
-    "random reveal order": ({"confident": 0.0}, {}, None),
-    "confidence reveal order": ({"confident": 1.0}, {}, None),
+    "random reveal order": ({"confident": (0.0, 0.0)}, {}, None),
+    "confidence reveal order": ({"confident": (1.0, 1.0)}, {}, None),
+    "60 % of the rows by confidence": ({"confident": (0.6, 0.6)}, {}, None),
     "reveal loss only (lam 0)": ({"lam": 0.0}, {}, None),
     "dense loss only (lam 1)": ({"lam": 1.0}, {}, None),
     **{f"{n} slot{'s' * (n > 1)}": ({}, {"n_slots": n}, None) for n in (1, 4, 64)},
@@ -77,7 +78,7 @@ def ablate(run: Path, name: str) -> None:
     examples = train.read_examples(list(enumerate(dial_problems("train", 30_000))), "", tokenizer, c.eos_id,
                                    args.max_length)
     batches = train.Batches(examples, args.batch, seed=args.seed, pad_id=c.pad_id, K=args.K,
-                            alpha=args.alpha, confident=args.confident,
+                            alpha=args.alpha, confident=args.confident, iters=args.iters,
                             answer_length=PROTOCOLS["dial"].settings["gen_length"])
     path = run / "ablations" / f"{name}.pt"
     train.fit(memory, partial(train.memory_loss, backbone=backbone, lam=args.lam, carry=args.carry), batches,

@@ -65,7 +65,7 @@ def test_the_page_stands_alone_and_its_text_is_escaped(run, trained, tmp_path):
     run("--prompt", attack, "--html", "page.html", "--steps", "5")
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.count("<script") == 1 and page.count("</script") == 1 and "http" not in page
-    with_memory, without = json.loads(re.search(r"const runs = (\[.*?\]), main", page).group(1))
+    with_memory, without = json.loads(re.search(r"const runs = (\[.*?\]), find", page).group(1))
     assert with_memory["prompt"].startswith(attack) and with_memory["steps"] == 5
     assert len(with_memory["slot_change"]) == 5 and len(with_memory["slot_change"][0]) == 16
     assert without["slot_change"] == [] and sorted(set(with_memory["revealed"])) == [1, 2, 3, 4, 5]

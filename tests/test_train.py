@@ -155,7 +155,8 @@ def test_a_killed_rank_ends_the_job_and_keeps_the_checkpoint(tmp_path, data):
 
 
 def batches(examples, batch, **more):
-    settings = dict(seed=0, pad_id=TINY.pad_id, answer_length=0, K=4, alpha=1.0, confident=0.3)
+    settings = dict(seed=0, pad_id=TINY.pad_id, answer_length=0, K=4, alpha=1.0, confident=(0.3, 0.3),
+                    iters=100)
     return train.Batches(examples, batch, **settings | more)
 
 
