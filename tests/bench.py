@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -72,6 +73,14 @@ def synthetic(c: Config, device: torch.device, dtype: torch.dtype) -> Backbone:
     return backbone
 
 
+def memory_for(backbone: Backbone) -> MetaState:
+    """The preset's, or for the small shape one in the same proportion to its backbone."""
+    config = preset(backbone)
+    if backbone.config.d_model < 1024:
+        config = replace(config, d_slot=88, n_head=11, d_time=16)
+    return MetaState(config).to(backbone.embedding.weight.device)
+
+
 def batch(c: Config, B: int, T: int, prompt: int, K: int, device: torch.device) -> tuple:
     ids, noise = torch.randint(c.mask_id, (B, T), device=device), torch.rand(B, T, device=device)
     maskable = torch.zeros(B, T, dtype=torch.bool, device=device)
@@ -82,7 +91,7 @@ def batch(c: Config, B: int, T: int, prompt: int, K: int, device: torch.device) 
 
 def training(backbone: Backbone, B: int, T: int, K: int, device: torch.device, product: float) -> None:
     """A K-step unroll and its backward, with and without recomputation."""
-    c, memory = backbone.config, MetaState(preset(backbone)).to(device)
+    c, memory = backbone.config, memory_for(backbone)
     data = batch(c, B, T, T // 4, K, device)
     optimizer = torch.optim.AdamW(memory.parameters())
     masked = sum(3 * T // 4 - k * (3 * T // 4 // K) for k in range(K)) * B
@@ -150,7 +159,7 @@ def naive_generate(backbone: Backbone, prompt: torch.Tensor, gen_length: int, st
 
 @torch.no_grad()
 def sampling(backbone: Backbone, T: int, device: torch.device, product: float, read: float) -> None:
-    c, memory = backbone.config, MetaState(preset(backbone)).to(device)
+    c, memory = backbone.config, memory_for(backbone)
     prompt, steps = torch.randint(c.mask_id, (1, T // 2), device=device), 8
     run = lambda m: generate(backbone, prompt, gen_length=T // 2, steps=steps, memory=m)  # noqa: E731
     plain, remembering = (seconds(lambda: run(m), device) / steps for m in (None, memory))
@@ -187,8 +196,12 @@ def forward(backbone: Backbone, B: int, T: int, device: torch.device, product: f
 
 
 def resident() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Highest resident memory of this process so far, in bytes. Linux: getrusage would count what
+    the process was before it became this program."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def load_probe(folder: str, device: str) -> None:
