@@ -59,6 +59,8 @@ def start_device(name: str | None) -> tuple[torch.device, int, int]:
     try:
         device = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name} fails ({str(error).splitlines()[0]}); try {best}")
     if world > 1:
