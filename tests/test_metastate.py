@@ -1,5 +1,4 @@
 """The memory is a no-op until trained, of fixed size, and its gradient runs along the whole chain."""
-import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -7,8 +6,8 @@ import torch
 
 from conftest import GOLDEN
 from diffusion import generate, unroll
-from metastate import (MemoryConfig, MetaState, compile_layers, load_checkpoint, load_memory,
-                       masked_fraction, preset, save_checkpoint)
+from metastate import MemoryConfig, MetaState, load_checkpoint, load_memory, masked_fraction, preset, \
+    save_checkpoint
 from model import PRESETS, TINY, Backbone, InputError, load_backbone
 
 
@@ -175,14 +174,3 @@ def test_memory_checkpoints(backbone, memory, tmp_path):
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(InputError, match="memory.pt"):
         load_checkpoint(path)
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_answer_the_same(memory):
-    torch.manual_seed(0)
-    backbone = Backbone(TINY).requires_grad_(False).eval()
-    memory.config = replace(memory.config, write_layer=0, read_layer=1)
-    prompt, settings = torch.randint(300, (2, 5)), dict(gen_length=6, steps=3, memory=memory)
-    want = generate(backbone, prompt, **settings)
-    compile_layers(backbone)
-    assert torch.equal(generate(backbone, prompt, **settings), want)
