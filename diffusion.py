@@ -4,8 +4,6 @@ Backbone loss: LLaDA (arXiv 2502.09992) eq. 3 and its SFT form. Memory loss: Met
 unrolling, as restated in PUMBA's eq. F.1. Samplers: LLaDA's generate.py, Dream's diffusion_generate
 and the threshold of Fast-dLLM (arXiv 2505.22618), as variants of one loop.
 """
-from __future__ import annotations
-
 from itertools import count
 from typing import Callable, Sequence
 
@@ -167,7 +165,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
     mask = None if attention_mask is None else F.pad(attention_mask, (0, gen_length), value=1)
     maskable, column = canvas == c.mask_id, torch.arange(P + gen_length, device=device)
     twice = (lambda x: x if x is None else torch.cat((x, x))) if cfg_scale > 0 else (lambda x: x)
-    slots = memory and memory.initial(len(twice(canvas)))
+    total = twice(maskable.sum(1).clamp(min=1))
     seeds = range(B) if seeds is None else seeds
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     eot_ids = [i for i in (c.eos_id, c.eot_id) if i is not None] if confidence_eos_eot_inf else []
@@ -182,8 +180,8 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
     for block in range(n_blocks):
         allowed = maskable & (column < P + (block + 1) * block_length)
         begin = (allowed & (canvas == c.mask_id)).sum(1)
-        if memory and reset_at_block:
-            slots = memory.initial(len(slots))
+        if memory and (block == 0 or reset_at_block):
+            slots, part = memory.initial(len(total)), -1
         for step in count():
             eligible, last = allowed & (canvas == c.mask_id), step == steps - 1        # (B, T)
             if not eligible.any() or step == steps and threshold is None:
@@ -195,9 +193,14 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
             if memory is None:
                 logits = backbone(seen, twice(mask), rows)                             # (N, V)
             else:
-                h, slots = memory.step(backbone, seen, slots, maskable=twice(maskable), rows=rows,
-                                       attention_mask=twice(mask), trace=trace)
-                logits, slots = backbone.head(h), carry_over(carry, memory, slots)
+                h, new = memory.step(backbone, seen, slots, maskable=twice(maskable), rows=rows,
+                                     attention_mask=twice(mask), trace=trace)
+                if (n := memory.config.n_updates) is not None:     # when another n-th is revealed
+                    last, part = part, twice((maskable & (canvas != c.mask_id)).sum(1)) * n // total
+                    due = (part > last)[:, None]
+                    new, trace[0]["slot_change"] = (
+                        torch.where(due[..., None], new, slots), trace[0]["slot_change"] * due)
+                logits, slots = backbone.head(h), carry_over(carry, memory, new)
             if cfg_scale > 0:
                 given, free = logits.chunk(2)
                 logits = free + (cfg_scale + 1) * (given - free)

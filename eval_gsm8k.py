@@ -4,12 +4,11 @@ Without arguments: the newest checkpoint on the built-in problems. Every answer 
 JSONL file, which another run continues from; --compare A B pairs two such files. Prompts and
 answer rules are those of lm-evaluation-harness (tasks gsm8k and gsm8k_cot).
 """
-from __future__ import annotations
-
 import argparse
 import json
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from diffusion import generate
 from metastate import MetaState, model_arguments, open_models
-from model import (Backbone, InputError, Tokenizer, cache_folder, download, ensure, run_program,
+from model import (Backbone, Tokenizer, blame, cache_folder, download, ensure, run_program,
                    start_device, write_atomically)
 
 # The built-in problems: a dial shows a digit, and each button has a rule that takes every digit to
@@ -33,7 +32,7 @@ SPLITS = {"test": (0, 1000), "valid": (1000, 2000), "train": (2000, 10 * len(BUT
 def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
     """The first n problems of a split, {question, answer}. All that exist stand in one fixed random
     order which the splits cut up: no question is in two of them."""
-    order, problems = np.random.default_rng(12).permutation(SPLITS["train"][1]), []
+    order, problems = np.random.default_rng(13).permutation(SPLITS["train"][1]), []
     for number in order[slice(*SPLITS[split])][:n].tolist():
         number, digit = divmod(number, 10)
         pressed = [number // len(BUTTONS) ** i % len(BUTTONS) for i in range(PRESSES)]
@@ -115,15 +114,13 @@ def gsm8k_file(name: str) -> Path:
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:
     """(line number, object) for every line of a JSON-lines file; a bad one is named."""
     found = []
-    try:
-        for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-            if line.strip():
+    with blame(path, "give a file of JSON lines in UTF-8"):
+        lines = path.read_text("utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with blame(f"{path} line {number}", "mend or remove it"):
                 found.append((number, json.loads(line)))
-                ensure(isinstance(found[-1][1], dict), f"{path} line {number} holds no JSON object")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); give a JSON-lines file in UTF-8")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} line {number} is no JSON ({error}); mend or remove it")
+            ensure(isinstance(found[-1][1], dict), f"{path} line {number} holds no JSON object")
     ensure(found, f"{path} is empty; give a file with one JSON object a line")
     return found
 
@@ -188,15 +185,11 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     """The setting that a results file was made with, and its results by problem. Lines that a kill
     cut short are passed over; their problems are answered again."""
     rows = []
-    try:
+    with blame(path, "give a file of results that eval_gsm8k.py wrote"):
         for line in path.read_bytes().split(b"\n"):
-            try:
+            with suppress(ValueError):
                 rows.append(json.loads(line))
-            except ValueError:
-                pass
         return rows[0]["setting"], {row["index"]: row for row in rows[1:]}
-    except (OSError, LookupError, TypeError) as error:
-        raise InputError(f"{path} holds no results ({error!r}); give a file of eval_gsm8k.py")
 
 def compare(a: Path, b: Path) -> None:
     """Print the paired difference of two results files on the problems that both have."""

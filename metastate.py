@@ -20,8 +20,6 @@ Gradients run right to left along the whole chain of s, and within a step throug
 whose weights are frozen; they stop at layers 0..w and at the tokens. The module holds no state:
 slots go in and slots come out, and nothing in them grows with T. Cost: O(T M).
 """
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass
@@ -31,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import (PRESETS, Backbone, InputError, Tokenizer, ensure, load_backbone, load_tokenizer,
+from model import (PRESETS, Backbone, Tokenizer, blame, ensure, load_backbone, load_tokenizer,
                    write_atomically)
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class MemoryConfig:
     d_time: int                    # width of the time conditioner
     write_layer: int               # w: the Injector writes before it
     read_layer: int                # r: the Mixer reads before it
+    n_updates: int | None = None   # in sampling, spread over the answer; None: one in every step
 
 def preset(backbone: Backbone) -> MemoryConfig:
     """The memory for a backbone: about 0.6 % of an 8B one, as large as the tiny one itself."""
@@ -59,7 +58,6 @@ def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
 
 class TimeConditioner(nn.Module):
     """t (B,) -> (B, 1, d): sinusoids of t, then an MLP."""
-
     def __init__(self, d: int, n_freq: int = 64):
         super().__init__()
         self.register_buffer("freq", torch.logspace(0, 3, n_freq) * math.pi / 2, persistent=False)
@@ -71,7 +69,6 @@ class TimeConditioner(nn.Module):
 
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose gain follows the time: x / rms(x) * (1 + gain(time))."""
-
     def __init__(self, d: int, c: MemoryConfig):
         super().__init__()
         self.gain = nn.Linear(c.d_time, d)
@@ -81,7 +78,6 @@ class AdaRMSNorm(nn.Module):
 
 class CrossAttention(nn.Module):
     """Queries ask a context, both normed for the time; bias (B, H, Tq, Tk) adds to the scores."""
-
     def __init__(self, d_query: int, d_context: int, c: MemoryConfig):
         super().__init__()
         self.n_head = c.n_head
@@ -94,7 +90,7 @@ class CrossAttention(nn.Module):
         query, context = self.query_norm(query, time), self.context_norm(context, time)
         q, k, v = (p(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
                    for p, x in ((self.q, query), (self.k, context), (self.v, context)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).contiguous())
         return self.out(y.transpose(1, 2).flatten(2))
 
 class Mixer(CrossAttention):
@@ -105,7 +101,6 @@ class Injector(CrossAttention):
 
 class Updater(nn.Module):
     """Gated recurrent unit over denoising steps: slots s and what the Mixer read -> new slots."""
-
     def __init__(self, c: MemoryConfig):
         super().__init__()
         self.norm = AdaRMSNorm(c.d_slot, c)
@@ -161,7 +156,8 @@ class MetaState(nn.Module):
         c = self.config
         # Slots are anchored evenly along the maskable positions: each looks first at its stretch.
         # Places are in units of slots and do not depend on the prompt, on padding or on the batch.
-        place = maskable.cumsum(1) / maskable.sum(1, keepdim=True).clamp(min=1) * c.n_slots - 0.5
+        n = maskable.sum(1, keepdim=True).clamp(min=1)
+        place = (maskable.cumsum(1) - 0.5) / n * c.n_slots - 0.5                      # (B, T)
         anchor = torch.arange(c.n_slots, device=ids.device)[:, None]
         distance = -(place[:, None, None, :] - anchor) ** 2                           # (B, 1, M, T)
         to_slots, to_tokens = (distance * s[:, None, None] ** 2 for s in self.sharpness)
@@ -190,23 +186,18 @@ def save_checkpoint(path: Path, model: nn.Module, **more) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """What save_checkpoint wrote; nothing in the file is executed."""
-    try:
+    with blame(path, "give a memory.pt that train.py wrote"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "config", "backbone"} <= state.keys():
-            raise ValueError("it is no checkpoint of train.py")
-        return state
-    except Exception as error:
-        raise InputError(f"{path} cannot be read ({str(error).splitlines()[0]}); give a memory.pt "
-                         "that train.py wrote")
+            raise ValueError("no checkpoint of train.py")
+    return state
 
 def load_memory(path: Path, backbone: Backbone) -> MetaState:
     """The memory of a checkpoint, on the backbone's device, in eval mode."""
     state = load_checkpoint(path)
-    try:
+    with blame(path, "give a memory.pt that train.py wrote"):
         memory = MetaState(MemoryConfig(**state["config"]))
         memory.load_state_dict(state["model"])
-    except (TypeError, RuntimeError):
-        raise InputError(f"{path} holds no memory; give a memory.pt that train.py wrote")
     found, want = memory.config.d_model, backbone.config.d_model
     ensure(found == want, f"{path} belongs to {state['backbone']}, width {found}, not {want}; give "
            "the right --init")

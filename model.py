@@ -11,22 +11,22 @@ stand between any two layers without hooks:
 
 The order of casts is part of each model: bf16 logits equal those of the original classes.
 """
-from __future__ import annotations
-
 import hashlib
 import http.client
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
 import unicodedata
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import tiktoken
@@ -43,6 +43,16 @@ def ensure(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
 
+@contextmanager
+def blame(source: object, advice: str = "fetch it again") -> Iterator[None]:
+    """Whatever fails inside is the fault of source, a file for example: an InputError says so."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+            AssertionError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"{source} fails ({type(error).__name__}: {reason}); {advice}")
+
 def run_program(main: Callable[[], None]) -> None:
     """Call a program's main; bad input ends it with one sentence and exit status 1."""
     try:
@@ -54,15 +64,12 @@ def start_device(name: str | None) -> tuple[torch.device, int, int]:
     """(device, rank, number of processes); under torchrun the process group is opened."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     rank, local, world = (int(os.environ.get(name, 0)) for name in names)
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or ("cuda" if torch.cuda.is_available() else best)
-    try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with blame(f"--device {name}", f"try {best}"):
+        device = torch.device(name or best)
+        if device == torch.device("cuda"):             # no index: every process has its own
+            torch.cuda.set_device(device := torch.device("cuda", local))
         torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} fails ({str(error).splitlines()[0]}); try {best}")
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, max(world, 1)
@@ -109,7 +116,6 @@ PRESETS = {                        # architecture, repository on huggingface.co
 
 class RMSNorm(nn.Module):
     """Statistics in float32, cast back, then the weight: the order of both originals."""
-
     def __init__(self, d: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
@@ -125,7 +131,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Layer(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to the residual stream."""
-
     def __init__(self, c: Config):
         super().__init__()
         self.head_dim, self.grouped = c.d_model // c.n_head, c.n_kv_head != c.n_head
@@ -149,7 +154,6 @@ class Layer(nn.Module):
 
 class Backbone(nn.Module):
     """Masked-diffusion transformer: token ids to logits, every position sees every other."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.checkpointing = config, False    # True: recompute layers in the backward
@@ -180,8 +184,8 @@ class Backbone(nn.Module):
     def run(self, h: Tensor, context: tuple, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 on the residual stream h (B, T, D)."""
         for layer in self.layers[start:stop]:
-            again = self.checkpointing and h.requires_grad
-            h = checkpoint(layer, h, context, use_reentrant=False) if again else layer(h, context)
+            h = layer(h, context) if not (self.checkpointing and h.requires_grad) else checkpoint(
+                layer, h, context, use_reentrant=False, preserve_rng_state=False)
         return h
 
     def pick(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -207,9 +211,9 @@ CONFIG_KEYS = {
     "llada": dict(n_layer="n_layers", n_head="n_heads", n_kv_head="n_kv_heads", d_model="d_model",
                   d_ff="mlp_hidden_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
                   rope_fp32="rope_full_precision", qkv_bias="include_qkv_bias"),
-    "dream": dict(n_layer="num_hidden_layers", n_head="num_attention_heads",
-                  n_kv_head="num_key_value_heads", d_model="hidden_size",
-                  d_ff="intermediate_size", norm_eps="rms_norm_eps", rope_theta="rope_theta"),
+    "dream": dict(n_layer="num_hidden_layers", n_head="num_attention_heads", d_model="hidden_size",
+                  n_kv_head="num_key_value_heads", d_ff="intermediate_size",
+                  norm_eps="rms_norm_eps", rope_theta="rope_theta"),
 }
 CONFIG_FIXED = {                   # under other settings theirs is not the architecture above
     "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
@@ -237,32 +241,23 @@ def original_name(kind: str, name: str) -> str:
     table, (*parts, leaf) = TENSOR_NAMES.get(kind, {}), name.split(".")
     return ".".join([table.get(part, part) for part in parts] + [leaf])
 
-def read_json(path: Path, text: bytes | None = None, pairs: Callable | None = None) -> dict:
-    """The JSON object in a file, or in text, which is a part of it."""
-    try:
-        value = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=pairs)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}); fetch the file again")
-    ensure(isinstance(value, dict), f"{path} holds no JSON object; fetch the file again")
+def read_json(path: Path) -> dict:
+    with blame(path):
+        value = json.loads(path.read_bytes())
+    ensure(isinstance(value, dict), f"{path} holds no JSON object; fetch it again")
     return value
 
 def read_config(folder: Path) -> Config:
     """The architecture that a folder's config.json describes."""
-    path = folder / "config.json"
-    found = read_json(path)
+    path, found = folder / "config.json", read_json(folder / "config.json")
     kind = str(found.pop("model_type", None)).lower()
     ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada or Dream")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
         ensure(found.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
-    try:
+    with blame(path):
         if kind == "tiny":
             c = Config(**found)
         else:
-            if kind == "llada":
-                found["n_kv_heads"] = found.get("n_kv_heads") or (
-                    1 if found.get("multi_query_attention") else found["n_heads"])
-                found["mlp_hidden_size"] = found.get("mlp_hidden_size") or (
-                    found["mlp_ratio"] * found["d_model"])
             base, vocab = PRESETS[kind][0], found.get("embedding_size") or found["vocab_size"]
             ids = {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
             for name in ("bos_id", "eot_id"):              # not in config.json
@@ -273,42 +268,31 @@ def read_config(folder: Path) -> Config:
         sound = all(type(n) is int and n > 0 for n in sizes) and (
             c.d_model % (2 * c.n_head) == c.n_head % c.n_kv_head == 0
             and 0 <= max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a {kind} backbone ({error!r}); fetch it again")
     ensure(sound, f"{path} has sizes that do not fit together, {sizes}; fetch it again")
     return c
 
 def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """Name -> (dtype, shape, first byte, end byte) of a safetensors file, checked in full.
-    Layout: 8-byte little-endian header length, JSON header, then the tensors without a gap."""
-    def check(sound: bool, what: str) -> None:
-        ensure(sound, f"{path} is not a sound safetensors file: {what}; fetch it again")
-
+    """Name -> (dtype, shape, first byte, end byte) of a safetensors file, checked in full: 8 bytes
+    of header length (little-endian), a JSON header, the tensors without gap or overlap."""
     def unique(pairs: list[tuple]) -> dict:
-        check(len(dict(pairs)) == len(pairs), "a name stands twice in its header")
+        ensure(len(dict(pairs)) == len(pairs), f"{path} has a name twice in its header")
         return dict(pairs)
 
-    ensure(path.is_file(), f"{path} is missing; fetch it again")
-    with open(path, "rb") as file:
+    entries = {}
+    with blame(path), open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        check(8 <= size and length <= min(size - 8, 10 ** 8), f"{size} bytes, header of {length}")
-        header = read_json(path, file.read(length), unique)
-    header.pop("__metadata__", None)
-    entries, end = {}, 8 + length
-    for name, entry in header.items():
-        try:
+        ensure(length <= min(size - 8, 10 ** 8), f"{path}, {size} bytes, has no header of {length}")
+        header = json.loads(file.read(length), object_pairs_hook=unique)
+        header.pop("__metadata__", None)
+        end = begin = 8 + length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            start, stop = entry["data_offsets"]
-            sound = (all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
-                     and stop - start == math.prod(shape) * dtype.itemsize)
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        check(sound, f"tensor {name!r} has the entry {str(entry)[:99]}")
-        entries[name] = (dtype, shape, 8 + length + start, 8 + length + stop)
-    for name, (*_, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        check(start == end, f"tensor {name!r} starts at byte {start}, the last one ends at {end}")
-        end = stop
-    check(end == size, f"its header ends at byte {end:,}, the file at {size:,}")
+            start, stop = (begin + offset for offset in entry["data_offsets"])
+            ensure(all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
+                   and start == end and stop - start == math.prod(shape) * dtype.itemsize,
+                   f"{path} has an unsound entry {name!r} at byte {end - begin}: {entry}")
+            entries[name], end = (dtype, shape, start, stop), stop
+        ensure(end == size, f"{path} has {size:,} bytes, its tensors need {end:,}; fetch it again")
     return entries
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -316,19 +300,16 @@ def shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    listed = read_json(index).get("weight_map")
-    sound = isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values())
-    ensure(sound and all(name == os.path.basename(name) for name in listed.values()),
-           f"{index} has no weight_map of plain file names; fetch it again")
-    return [folder / name for name in sorted(set(listed.values()))]
+    with blame(index):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        ensure(names == [*map(os.path.basename, names)], f"{index} has other than plain file names")
+    return [folder / name for name in names]
 
 def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
                   dtype: torch.dtype | None = None) -> Backbone:
-    """The frozen backbone of a checkpoint folder or preset, in eval mode.
-
-    Headers and shapes are checked before anything is read; then every tensor goes from the mapped
-    file to its place on the device, one at a time. dtype: bfloat16 on a GPU, else that of the file.
-    """
+    """The frozen backbone of a checkpoint folder or preset, in eval mode. Headers and shapes are
+    checked first; then every tensor goes from the mapped file to its place on the device, one at a
+    time. dtype: bfloat16 on a GPU, else the file's. Raises InputError for files that do not fit."""
     folder = find_weights(path_or_preset)
     config, source = read_config(folder), {}
     for path in shard_paths(folder):
@@ -386,30 +367,13 @@ def find_weights(path_or_preset: str | Path) -> Path:
         return folder
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    cached /= f"models--{repo.replace('/', '--')}"
-    if (cached / "refs" / "main").is_file():
-        snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text().strip()
+    cached /= "models--" + repo.replace("/", "--")
+    if (main := cached / "refs" / "main").is_file():
+        snapshot = cached / "snapshots" / main.read_text().strip()
         shards = shard_paths(snapshot)
-        if (snapshot / "config.json").exists() and shards and all(p.exists() for p in shards):
+        if shards and all(path.exists() for path in [snapshot / "config.json", *shards]):
             return snapshot
     return download_repository(repo, cache_folder() / repo.replace("/", "--"))
-
-def fetch(url: str, part: Path) -> None:
-    """One try to add to the file `part` what it lacks of url."""
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):   # not for redirections
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-    with urllib.request.urlopen(request, timeout=60) as response:
-        start *= response.status == 206                # else the file comes from its beginning
-        total = start + int(response.headers.get("Content-Length") or 0)
-        with open(part, "ab" if start else "wb") as file, tqdm(
-                total=total, initial=start, unit="B", unit_scale=True, desc=part.stem) as bar:
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if part.stat().st_size < total:
-        raise OSError(f"the connection ended at {part.stat().st_size:,} of {total:,} bytes")
 
 def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
              tries: int = 5) -> None:
@@ -418,25 +382,35 @@ def download(url: str, path: Path, size: int | None = None, sha256: str | None =
     path.parent.mkdir(parents=True, exist_ok=True)
     part, trouble = path.with_name(path.name + ".part"), ""
     for attempt in range(tries):
-        time.sleep(attempt and min(2 ** attempt, 30))
+        time.sleep(attempt and 2 ** attempt)
+        start = part.stat().st_size if part.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):  # not for redirections
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
         try:
-            if not (size and part.exists() and part.stat().st_size == size):
-                fetch(url, part)
-            with open(part, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found = part.stat().st_size
-            if found == (size or found) and digest == (sha256 or digest):
-                return os.replace(part, path)
-            trouble = f"{found} bytes of sha256 {digest} came, not {size} of {sha256}"
-            part.unlink()
-        except urllib.error.HTTPError as error:
-            ensure(error.code in (416, 429) or error.code >= 500, f"{url} answered {error.code} "
-                   f"{error.reason}; check the address, and HF_TOKEN where one is needed")
-            if error.code == 416:                      # our part is longer than the file
-                part.unlink()
-            trouble = f"it answered {error.code}"
+            with urllib.request.urlopen(request, timeout=60) as response:
+                start *= response.status == 206        # else the file comes from its beginning
+                length = response.headers.get("Content-Length")
+                total = size or (start + int(length) if length else None)
+                bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
+                with bar, open(part, "ab" if start else "wb") as file:
+                    while chunk := response.read(1 << 20):
+                        file.write(chunk)
+                        bar.update(len(chunk))
         except (OSError, http.client.HTTPException) as error:
-            trouble = str(error)
+            code, trouble, total = getattr(error, "code", 500), str(error), size or -1
+            ensure(code in (416, 429) or code >= 500, f"{url} is refused ({error}); check the "
+                   "address, and HF_TOKEN where one is needed")
+            if code != 416 or not start:               # 416: part is all of the file, or too long
+                continue
+        found = part.stat().st_size
+        with open(part, "rb") as file:
+            if found == (total or found) and (
+                    sha256 in (None, hashlib.file_digest(file, "sha256").hexdigest())):
+                return os.replace(part, path)
+        trouble = f"{found} bytes came, not {total} of sha256 {sha256}"
+        if found >= (total or 0):
+            part.unlink()
     raise InputError(f"{url} could not be fetched in {tries} tries ({trouble}); run again to go on")
 
 def download_repository(repo: str, folder: Path) -> Path:
@@ -445,14 +419,11 @@ def download_repository(repo: str, folder: Path) -> Path:
         return folder
     download(f"{endpoint()}/api/models/{repo}?blobs=true", folder / "listing")
     found = read_json(folder / "listing")
-    try:
+    with blame(endpoint(), "check HF_ENDPOINT, or give a folder of these files by --weights"):
         files = {f["rfilename"]: (f["size"], (f.get("lfs") or {}).get("sha256"))
                  for f in found["siblings"]
                  if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", f["rfilename"])}
         revision, total = found["sha"], sum(size for size, _ in files.values())
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{endpoint()} lists {repo} in an unknown form; check HF_ENDPOINT, or "
-                         "fetch the folder by other means and give it with --weights")
     print(f"{repo}: {len(files)} files, {total / 1e9:.1f} GB, into {folder}", file=sys.stderr)
     for name, (size, sha256) in files.items():
         if not (folder / name).exists():
@@ -476,7 +447,7 @@ TEMPLATES = {                      # start, every message, where the assistant b
 }
 TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives",
               "\nAnswer:", "\n####", " red", " blue", " gold", " green", " black", " white",
-              " pink", " brown", *(f" {digit}" for digit in range(10))]       # besides the 256 bytes
+              " pink", " brown", *(f" {digit}" for digit in range(10))]      # besides the 256 bytes
 
 class Tokenizer:
     """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
@@ -525,15 +496,16 @@ def tiny_tokenizer() -> Tokenizer:
 def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
     """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt,
     tokenizer_config.json) or preset. Raises InputError for files of another form."""
-    folder = Path() if str(path_or_preset) == "tiny" else find_weights(path_or_preset)
-    kind = "tiny" if str(path_or_preset) == "tiny" else read_config(folder).kind
+    if str(path_or_preset) == "tiny":
+        return tiny_tokenizer()
+    kind = read_config(folder := find_weights(path_or_preset)).kind
     if kind == "tiny":
         return tiny_tokenizer()
     # GPT-2's printable names of the 256 bytes: those without one of their own follow from U+0100
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = sorted(set(range(256)) - set(shown))
-    byte_of = {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(hidden)}
-    try:
+    byte_of = {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(shown)))}
+    byte_of |= {chr(b): b for b in shown}
+    with blame(f"the {kind} tokeniser in {folder}", "fetch its files again"):
         if kind == "llada":
             found = read_json(folder / "tokenizer.json")
             vocab, merges = found["model"]["vocab"], found["model"]["merges"]
@@ -546,15 +518,14 @@ def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
             merges = merges[merges[0].startswith("#version"):]
             table = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
             added = {t["content"]: (int(i), t["special"]) for i, t in table.items()}
-        n, merges = 256 + len(merges), [m.split(" ") if isinstance(m, str) else m for m in merges]
-        wrong = [merge for rank, merge in enumerate(merges) if vocab["".join(merge)] != 256 + rank]
-        ranks = {bytes(byte_of[char] for char in token): i for token, i in vocab.items() if i < n}
-        if wrong or sorted(ranks.values()) != list(range(n)) or normalizer not in (None, "NFC") or (
-                split != PATTERNS[kind]):
-            raise ValueError(f"merges {wrong[:1]}, split {split!r}, normalizer {normalizer!r}")
-        encoding = tiktoken.Encoding(kind, pat_str=PATTERNS[kind], mergeable_ranks=ranks,
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        ranks = {bytes(byte_of[char] for char in token): i for token, i in vocab.items()
+                 if i < 256 + len(merges)}
+        if split != PATTERNS[kind] or normalizer not in (None, "NFC") or (
+                sorted(ranks.values()) != [*range(len(ranks))]) or (
+                [vocab["".join(merge)] for merge in merges] != [*range(256, len(ranks))]):
+            raise ValueError(f"no byte-level BPE with id = 256 + merge rank, split {split!r}, "
+                             f"normalizer {normalizer!r}")
+        encoding = tiktoken.Encoding(kind, pat_str=split, mergeable_ranks=ranks,
                                      special_tokens={text: i for text, (i, _) in added.items()})
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise InputError(f"{folder} holds no {kind} tokeniser, a byte-level BPE with id = 256 + "
-                         f"merge rank ({error!r}); fetch its tokeniser files again")
     return Tokenizer(kind, encoding, {i for i, hide in added.values() if hide}, normalizer == "NFC")

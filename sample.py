@@ -4,21 +4,19 @@ Takes the newest checkpoint in out/, or --init llada, dream, ... and --memory FI
 blanks is completed by --infill, one token for each underscore. --html FILE writes one page that
 shows every denoising step, with the memory and without.
 """
-from __future__ import annotations
-
 import argparse
-import json
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from diffusion import DREAM_REMASKING, LLADA_REMASKING, generate
-from eval_gsm8k import dial_problems
+from eval_gsm8k import PROTOCOLS, dial_problems
 from metastate import model_arguments, open_models
-from model import Backbone, Config, Tokenizer, ensure, run_program, start_device, write_atomically
+from model import Backbone, Tokenizer, ensure, run_program, start_device, write_atomically
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MetaState by steps</title>
 <style>
@@ -26,85 +24,69 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MetaState 
 body { max-width: 75em; margin: 1.5em auto; padding: 0 1em }
 main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24em, 1fr)); gap: 2em }
 .text { font: 14px/2 monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.text span { border-radius: 3px; padding: 2px 1px; color: CanvasText }
-.text .now { outline: 2px solid CanvasText } .text .mask, small { color: GrayText }
-input, canvas { width: 100% } canvas { height: 9em; image-rendering: pixelated; outline: 1px solid }
+.text span { border-radius: 3px; padding: 2px 1px } .now { outline: 2px solid }
+.text .later { color: transparent; background: #8884 !important } svg .later { visibility: hidden }
+input, svg { width: 100% } svg { height: 9em; outline: 1px solid }
+rect { fill: hsl(265 80% 55%); shape-rendering: crispEdges }
 </style>
 <h1>Denoising, step by step</h1>
-<label>step <output id="at"></output> (arrow keys)<input id="slider" type="range" min="0"></label>
-<p><small>Hue: the step that revealed a token. Opacity: how sure it was. Outlined: new in this step.
-&#9617; masked, &#8718; end of text.</small></p><main id="runs"></main>
+<label>step <output></output> (arrow keys)<input type="range" min="0" max="LAST"></label>
+<p>Hue: the step that revealed a token. Opacity: how sure it was. Outlined: new in this step. Grey:
+masked. &#8718; end of text.</p>
+<main>RUNS</main>
 <script>
-const runs = DATA, find = id => document.getElementById(id), slider = find("slider");
-const last = Math.max(...runs.map(run => run.steps));
-function make(tag, to, text, name = "") {
-  const e = document.createElement(tag); e.textContent = text; e.className = name;
-  to.append(e); return e; }
-const views = runs.map(run => {
-  const box = make("section", find("runs"), ""), maps = [];
-  make("h2", box, run.name); make("p", box, run.prompt, "text");
-  const text = make("p", box, "", "text");
-  for (const [key, what] of [["slot_change", "change"], ["update_gate", "update gate"]])
-    if (run[key].length) {
-      make("small", box, what + " of the memory: slots down, steps across");
-      const map = make("canvas", box, "");
-      map.width = run[key].length; map.height = run[key][0].length; maps.push([map, run[key]]); }
-  return [run, text, maps]; });
+const slider = document.querySelector("input"), marked = document.querySelectorAll("[data-k]");
 function show(k) {
-  slider.value = k; find("at").textContent = `${k} of ${last}`;
-  for (const [run, text, maps] of views) {
-    text.textContent = ""; const now = Math.min(k, run.steps);
-    run.final.forEach((token, i) => {
-      const r = run.revealed[i], name = r > now ? "mask" : r > 0 && r == now ? "now" : "";
-      const span = make("span", text, r > now ? "\\u2591" : token, name);
-      if (r > 0 && r <= now) {
-        span.title = `step ${r}, ${run.sure[i].toFixed(3)}`;
-        const opacity = .15 + .5 * Math.min(1, Math.max(0, run.sure[i]));
-        span.style.background = `hsl(${360 * (r - 1) / last} 80% 50% / ${opacity})`; } });
-    for (const [map, rows] of maps) {
-      const g = map.getContext("2d"), top = Math.max(...rows.flat(), 1e-9);
-      g.clearRect(0, 0, map.width, map.height);
-      rows.slice(0, now).forEach((row, x) => row.forEach((v, y) => {
-        g.fillStyle = `hsl(265 80% 55% / ${v / top})`; g.fillRect(x, y, 1, 1); })); } } }
-slider.max = last; slider.oninput = () => show(+slider.value);
+  slider.value = k; document.querySelector("output").value = slider.value;
+  for (const e of marked) {
+    e.classList.toggle("later", +e.dataset.k > slider.value);
+    e.classList.toggle("now", e.tagName == "SPAN" && e.dataset.k == slider.value); } }
+slider.oninput = () => show(slider.value);
 document.onkeydown = event => {
   const d = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (d) { event.preventDefault(); show(Math.min(last, Math.max(0, +slider.value + d))); } };
+  if (d) { event.preventDefault(); show(+slider.value + d); } };
 show(0);
 </script></html>
 """
 
-def pieces(tokenizer: Tokenizer, ids: list[int], c: Config) -> list[str]:
-    """One printable piece for each token; a mask is a shaded box, end-of-text a filled one."""
-    return [{c.mask_id: "\u2591", c.eos_id: "\u220e"}.get(i) or tokenizer.decode([i]) for i in ids]
-
-def print_step(k: int, text: list[str], change: list[float]) -> None:
-    bar = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in change)
-    print(f"{k:4d} |{bar}| {''.join(text)!r}")
+def heat_map(what: str, rows: list[list[float]]) -> str:
+    """One number for every slot (down) and step (across), marked with the step."""
+    top = max(map(max, rows)) or 1
+    cells = (f'<rect data-k="{k + 1}" x="{k}" y="{i}" width="1" height="1" opacity="{x / top}"/>'
+             for k, row in enumerate(rows) for i, x in enumerate(row))
+    return (f'<p>{what} of the memory: slots down, steps across</p><svg viewBox="0 0 {len(rows)} '
+            f'{len(rows[0])}" preserveAspectRatio="none">{"".join(cells)}</svg>')
 
 def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, backbone: Backbone,
-        show: bool, **settings) -> tuple[torch.Tensor, dict]:
-    """generate's ids, and what it did to the first sample step by step, as the page shows it."""
+        show: bool, **settings) -> tuple[torch.Tensor, int, str]:
+    """generate's ids; how many steps it took; and the first sample by steps, as HTML."""
     c, start = backbone.config, F.pad(ids[0], (0, gen_length), value=backbone.config.mask_id)
-    first = int((start == c.mask_id).nonzero()[0])
-    revealed = torch.where(start == c.mask_id, -1, 0)       # by which step; 0: given
-    sure, traces = torch.zeros(len(start), device=start.device), []
+    special = {c.mask_id: "\u2591", c.eos_id: "\u220e"}
+    by_step, sure = torch.zeros_like(start), torch.zeros(start.shape, device=start.device)
+    first, traces = int((start == c.mask_id).nonzero()[0]), []
 
-    def on_step(canvas, new, confidence, trace) -> None:
-        revealed[new[0]] = k = len(traces) + 1
-        sure[new[0]] = confidence[0, new[0]].float()
+    def pieces(ids: torch.Tensor) -> list[str]:
+        return [special.get(i) or tokenizer.decode([i]) for i in ids.tolist()]
+
+    def on_step(canvas, revealed, confidence, trace) -> None:
         traces.append({key: value[0].tolist() for key, value in trace[0].items()} if trace else {})
+        by_step[revealed[0]] = len(traces)
+        sure[revealed[0]] = confidence[0, revealed[0]].float().clamp(0, 1)
         if show:
-            print_step(k, pieces(tokenizer, canvas[0, first:].tolist(), c),
-                       traces[-1].get("slot_change", []))
+            change = traces[-1].get("slot_change", [])
+            bar = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in change)
+            print(f"{len(traces):4d} |{bar}| {''.join(pieces(canvas[0, first:]))!r}")
 
     out = generate(backbone, ids, gen_length=gen_length, on_step=on_step, **settings)
-    text = pieces(tokenizer, out[0].tolist(), c)
-    page = {"name": name, "prompt": "".join(text[:first]), "final": text[first:],
-            "revealed": revealed[first:].tolist(), "sure": sure[first:].tolist(),
-            "steps": len(traces), **{key: [trace[key] for trace in traces if trace]
-                                     for key in ("slot_change", "update_gate")}}
-    return out, page
+    spans = [escape(text) if not k else
+             f'<span data-k="{k}" title="step {k}, {p:.3f}" style="background: hsl('
+             f'{360 * (k - 1) // len(traces)} 80% 50% / {.15 + p / 2})">{escape(text)}</span>'
+             for text, k, p in zip(pieces(out[0]), by_step.tolist(), sure.tolist())]
+    maps = [heat_map(key.replace("_", " "), [trace[key] for trace in traces])
+            for key in ("slot_change", "update_gate") if traces[0]]
+    return out, len(traces), "".join([f'<section><h2>{name}</h2><p class="text">', *spans[:first],
+                                      '</p><p class="text">', *spans[first:], "</p>", *maps,
+                                      "</section>"])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,14 +108,14 @@ def main() -> None:
     args = parser.parse_args()
     device, _, _ = start_device(args.device)
     backbone, tokenizer, memory, _ = open_models(args, device)
-    c = backbone.config
-    gen_length, prompt = 0, args.prompt
+    c, gen_length, prompt = backbone.config, 0, args.prompt
+    tiny = PROTOCOLS["dial"].settings if c.kind == "tiny" else {}
     if args.infill is None:
-        if prompt is None and c.kind == "tiny":
+        if prompt is None and tiny:
             prompt = dial_problems("test", 1 + args.seed)[-1]["question"]
         ensure(prompt, "there is no prompt; say what to answer with --prompt TEXT")
         ids = tokenizer.chat([{"role": "user", "content": prompt}])
-        gen_length = args.gen_length or (20 if c.kind == "tiny" else 128)
+        gen_length = args.gen_length or tiny.get("gen_length", 128)
         print(prompt)
     else:
         ensure("_" in args.infill, "--infill has no blank; write one _ for each token to fill in")
@@ -141,21 +123,20 @@ def main() -> None:
                for i in ([c.mask_id] if part == "_" else tokenizer.encode(part, special=False))]
     settings = dict(
         gen_length=gen_length, threshold=args.threshold, temperature=args.temperature,
-        steps=args.steps or (5 if c.kind == "tiny" else gen_length or ids.count(c.mask_id)),
+        steps=args.steps or tiny.get("steps") or gen_length or ids.count(c.mask_id),
         block_length=args.block_length or (32 if c.kind == "llada" and gen_length else None),
         remasking=args.remasking or ("entropy" if c.kind == "dream" else "low_confidence"),
-        seeds=range(args.seed, args.seed + args.num_samples))
-    batch = torch.tensor([ids] * args.num_samples, device=device)
-    out, page = run("with memory" if memory else "without memory", batch, tokenizer=tokenizer,
-                    backbone=backbone, show=args.show_steps, memory=memory, **settings)
+        seeds=range(args.seed, args.seed + args.num_samples), tokenizer=tokenizer,
+        backbone=backbone, ids=torch.tensor([ids] * args.num_samples, device=device))
+    out, last, page = run("With memory" if memory else "Without memory", memory=memory,
+                          show=args.show_steps, **settings)
     for row in out.tolist():
         print(tokenizer.decode(row[len(ids):] if gen_length else row, skip_special=True))
     if args.html:
-        pages = [page]
         if memory:
-            pages += [run("without memory", batch, tokenizer=tokenizer, backbone=backbone,
-                          show=False, **settings)[1]]
-        text = PAGE.replace("DATA", json.dumps(pages).replace("<", "\\u003c"), 1)
+            _, steps, other = run("Without memory", show=False, **settings)
+            last, page = max(last, steps), page + other
+        text = PAGE.replace("LAST", str(last)).replace("RUNS", page)
         write_atomically(args.html, lambda file: file.write(text.encode()))
         print(f"{args.html}: open it in a browser", file=sys.stderr)
 

@@ -6,8 +6,6 @@ evaluates all of them and prints one table. torchrun --nproc-per-node N train.py
 batch out. All random draws follow from seed, step and row, so that a resumed run, or one on more
 processes, sees what an uninterrupted one sees.
 """
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -15,7 +13,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
@@ -32,13 +30,14 @@ from diffusion import diffusion_loss, unroll
 from eval_gsm8k import PROTOCOLS, dial_problems, evaluate, paired_interval, read_jsonl
 from metastate import (MetaState, compile_layers, load_checkpoint, model_arguments, preset,
                        save_checkpoint)
-from model import (TINY, Backbone, InputError, Tokenizer, ensure, load_backbone, load_tokenizer,
+from model import (TINY, Backbone, Tokenizer, blame, ensure, load_backbone, load_tokenizer,
                    run_program, save_backbone, start_device, write_atomically)
 
 DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, confident=(0.9, 0.3), iters=1800, batch=64, accumulate=1, lr=3e-3, max_length=64),
-    "8b": dict(K=4, confident=(0.0, 0.0), iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
+    "tiny": dict(K=6, confident=1.0, iters=1800, batch=64, accumulate=1, lr=3e-3, max_length=64),
+    "8b": dict(K=4, confident=0.0, iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
 }
+WARMUP, WEIGHT_DECAY, CLIP = 100, 0.01, 1.0
 EVAL_STEPS = (20, 10, 8, 5, 4)
 
 def read_example(item: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -70,10 +69,8 @@ def read_examples(items: list[tuple[int, dict]], name: str, tokenizer: Tokenizer
     """Token ids of numbered items, tokenised on all cores (tiktoken leaves Python's lock); what is
     longer than max_length is dropped, with a count."""
     def one(pair: tuple[int, dict]) -> tuple[np.ndarray, np.ndarray]:
-        try:
+        with blame(f"{name} line {pair[0]}", "mend or remove it"):
             prompt, answer = read_example(pair[1], tokenizer)
-        except ValueError as error:
-            raise InputError(f"{name} line {pair[0]}: {error}; mend or remove it")
         return np.array(prompt, np.int32), np.array(answer + [eos_id], np.int32)
 
     with ThreadPoolExecutor() as pool:
@@ -87,11 +84,10 @@ def read_examples(items: list[tuple[int, dict]], name: str, tokenizer: Tokenizer
 
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
-
     def __init__(self, examples: list, batch: int, *, seed: int, pad_id: int, answer_length: int,
-                 K: int, alpha: float, confident: tuple[float, float], iters: int):
+                 K: int, alpha: float, confident: float):
         self.examples, self.batch, self.seed, self.pad_id = examples, batch, seed, pad_id
-        self.K, self.alpha, self.confident, self.iters = K, alpha, confident, iters
+        self.K, self.alpha, self.confident = K, alpha, confident
         self.lengths = np.array([len(p) + max(len(a), answer_length) for p, a in examples])
         self.per_epoch = max(1, len(examples) // batch)
         self.epoch = lru_cache(1)(self.shuffle)
@@ -107,7 +103,6 @@ class Batches:
         """Rows `part` of the batch of a step: ids, maskable (B, T) and every random draw."""
         epoch, i = divmod(step, self.per_epoch)
         T, columns = self.lengths[self.epoch(epoch)[i]].max(), []
-        confident = np.interp(step / self.iters, (0, 1), self.confident)
         for b in range(self.batch)[part]:
             prompt, answer = self.examples[self.epoch(epoch)[i, b]]
             ids = np.full(T, self.pad_id)
@@ -116,7 +111,7 @@ class Batches:
             rng = np.random.default_rng((self.seed, step, b))
             t, noise = np.float32((b + rng.random()) / self.batch), rng.random(T, np.float32)
             counts = rng.multinomial(T - len(prompt), rng.dirichlet([self.alpha] * self.K))
-            columns.append((ids, maskable, t, noise, counts, rng.random() < confident))
+            columns.append((ids, maskable, t, noise, counts, rng.random() < self.confident))
         names = ("ids", "maskable", "t", "noise", "counts", "by_confidence")
         return {name: torch.from_numpy(np.stack(values)).to(device)
                 for name, values in zip(names, zip(*columns))}
@@ -124,7 +119,6 @@ class Batches:
 class Objective(nn.Module):
     """A module and its loss as one forward, which DistributedDataParallel needs. The frozen
     backbone stays outside: loss closes over it."""
-
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__()
         self.model, self.loss = model, loss
@@ -146,7 +140,7 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
     into the checkpoint; with --resume its settings must be the same."""
     device, log = next(model.parameters()).device, path.with_suffix(".log.jsonl")
     start, stop, optimizer = 0, [], torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=args.weight_decay)
+        model.parameters(), betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if args.resume and path.exists():
         state = load_checkpoint(path)
@@ -183,10 +177,10 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
         ensure(math.isfinite(losses[0]), f"the loss became {losses[0]} at step {step}; lower --lr "
                f"or clean the data, and go on with --resume from the last checkpoint, {path}")
         # 2. one step of the optimiser: linear warm-up, then a cosine down to a tenth
-        rate = lr * min(1, (step + 1) / args.warmup) * (
+        rate = lr * min(1, (step + 1) / WARMUP) * (
             0.55 + 0.45 * math.cos(math.pi * (step + 1) / iters))
         optimizer.param_groups[0]["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip).item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
         optimizer.step()
         optimizer.zero_grad()
         # 3. log and save
@@ -205,30 +199,31 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: d
     signal.signal(signal.SIGINT, default)
 
 def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryless: MetaState,
-          args: argparse.Namespace, out: Path) -> None:
+          problems: list[dict], by_steps: tuple[int, ...], out: Path, **settings) -> None:
     """Accuracy of the frozen backbone, MetaState and its controls on the same problems, by number
     of denoising steps; printed, and saved as table.md and, problem by problem, table.json."""
-    problems, lines, right = dial_problems(args.split, args.problems), [], {}
+    lines, right = [], {}
     rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"),
             "memory reset": (memory, "reset"), "memory shuffled": (memory, "shuffle"),
             "memoryless-trained": (memoryless, "reset")}
-    bar = tqdm(total=len(rows) * sum(EVAL_STEPS), desc="evaluate")
+    bar = tqdm(total=len(rows) * sum(by_steps), desc="evaluate")
     for name, (model, carry) in rows.items():
         line, right[name] = f"| {name} |", {}
-        for steps in EVAL_STEPS:
+        for steps in by_steps:
             right[name][steps] = [row["correct"] for row in evaluate(
                 backbone, tokenizer, problems, PROTOCOLS["dial"], memory=model, carry=carry,
-                batch_size=250, steps=steps)]
+                batch_size=250, **settings | {"steps": steps})]
             bar.update(steps)
             _, low, high = paired_interval(right["frozen"][steps], right[name][steps])
             line += f" {100 * np.mean(right[name][steps]):.1f}"
             line += f" [{100 * low:+.1f}, {100 * high:+.1f}] |" if model else " |"
         lines.append(line)
     bar.close()
-    head = (f"Exact match (%) on {len(problems)} {args.split} problems, by denoising steps; in "
-            "brackets the paired 95 % interval of the difference to frozen")
-    text = "\n".join([head, "", f"| steps | {' | '.join(map(str, EVAL_STEPS))} |",
-                      "|---" * (len(EVAL_STEPS) + 1) + "|", *lines, ""])
+    text = "\n".join([
+        f"Exact match (%) on {len(problems)} problems, by denoising steps; in brackets the paired "
+        "95 % interval of the difference to frozen", "",
+        f"| steps | {' | '.join(map(str, by_steps))} |",
+        "|---" * (len(by_steps) + 1) + "|", *lines, ""])
     print(text)
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
     write_atomically(out / "table.json", lambda file: file.write(json.dumps(right).encode()))
@@ -249,9 +244,8 @@ def arguments() -> argparse.Namespace:
     add("--K", type=int, help="denoising steps of a trajectory (default: tiny 6, else 4)")
     add("--lam", type=float, default=0.5, help="weight of the dense loss, against the reveal loss")
     add("--alpha", type=float, default=1.0, help="Dirichlet concentration of the reveal counts")
-    add("--confident", type=float, nargs=2, metavar=("FIRST", "LAST"), help="share of rows that "
-        "reveal by confidence, not at random, in the first and last step (default: tiny 0.9 0.3, "
-        "else 0 0)")
+    add("--confident", type=float, metavar="SHARE", help="of the rows that reveal where the model "
+        "is surest and not at random (default: tiny 1, else 0)")
     add("--carry", default="keep", choices=("keep", "detach", "reset"),
         help="the memory between steps; the last two are ablations")
     add("--no-checkpointing", action="store_true", help="keep all activations: faster, more memory")
@@ -260,8 +254,6 @@ def arguments() -> argparse.Namespace:
     add("--batch", type=int, help="rows of a step, over all processes and passes")
     add("--accumulate", type=int, help="passes in which a process takes its rows")
     add("--lr", type=float)
-    for name, value in (("warmup", 100), ("weight-decay", 0.01), ("clip", 1.0)):
-        add("--" + name, type=type(value), default=value)
     add = parser.add_argument_group("tiny backbone and table").add_argument
     for name, value in (("backbone-iters", 3000), ("backbone-batch", 128), ("backbone-lr", 3e-3)):
         add("--" + name, type=type(value), default=value)
@@ -296,7 +288,7 @@ def main() -> None:
     examples = read_examples(items, str(args.data or "built-in problems"), tokenizer,
                              backbone.config.eos_id, args.max_length)
     batches = partial(Batches, examples, seed=args.seed, pad_id=backbone.config.pad_id, K=args.K,
-                      alpha=args.alpha, confident=args.confident, iters=args.iters,
+                      alpha=args.alpha, confident=args.confident,
                       answer_length=PROTOCOLS["dial"].settings["gen_length"] if tiny else 0)
     if tiny:
         fit(backbone, backbone_loss, batches(args.backbone_batch), out / "backbone.pt",
@@ -312,14 +304,16 @@ def main() -> None:
     trained = []
     for name, carry in [("memory", args.carry)] + [("memoryless", "reset")] * tiny:
         torch.manual_seed(args.seed)
-        trained.append(MetaState(preset(backbone)).to(device))
+        config = replace(preset(backbone), n_updates=args.K if tiny else None)
+        trained.append(MetaState(config).to(device))
         fit(trained[-1], partial(memory_loss, backbone=backbone, lam=args.lam, carry=carry),
             batches(args.batch), out / f"{name}.pt",
-            about | {"config": asdict(trained[-1].config)}, args, args.iters, args.lr)
+            about | {"config": asdict(config)}, args, args.iters, args.lr)
 
     # 3. the table
     if tiny and rank == 0 and args.problems:
-        table(backbone, tokenizer, *(model.eval() for model in trained), args, out)
+        table(backbone, tokenizer, *(model.eval() for model in trained),
+              dial_problems(args.split, args.problems), EVAL_STEPS, out)
 
 if __name__ == "__main__":
     run_program(main)

@@ -45,18 +45,25 @@ def unanchored(memory: MetaState) -> None:
     torch.nn.init.zeros_(memory.sharpness).requires_grad_(False)
 
 
+def gate_bias(value: float, memory: MetaState) -> None:
+    torch.nn.init.constant_(memory.updater.from_read.bias[:memory.config.d_slot], value)
+
+
 # name: options of train.py, fields of MemoryConfig, a change to the new memory
 VARIANTS = {
     "default": ({}, {}, None),
-    **{f"K = {K}": ({"K": K}, {}, None) for K in (2, 3, 4, 5)},
+    **{f"K = {K}": ({"K": K}, {}, None) for K in (1, 2, 3, 4, 5)},
     "detached between steps": ({"carry": "detach"}, {}, None),
     "memoryless (reset)": ({"carry": "reset"}, {}, None),
     "no Updater (overwrite)": ({}, {}, overwrite),
+    "update gates biased to keep (-1)": ({}, {}, partial(gate_bias, -1.0)),
+    "an update in every step of sampling": ({}, {"n_updates": None}, None),
+    "written after the layer": ({}, {"write_layer": 1}, None),
+    "read before the layer": ({}, {"read_layer": 0}, None),
     "no time conditioner": ({}, {}, timeless),
     "slots not anchored": ({}, {}, unanchored),
-    "random reveal order": ({"confident": (0.0, 0.0)}, {}, None),
-    "confidence reveal order": ({"confident": (1.0, 1.0)}, {}, None),
-    "60 % of the rows by confidence": ({"confident": (0.6, 0.6)}, {}, None),
+    "random reveal order": ({"confident": 0.0}, {}, None),
+    "half of the rows in random order": ({"confident": 0.5}, {}, None),
     "reveal loss only (lam 0)": ({"lam": 0.0}, {}, None),
     "dense loss only (lam 1)": ({"lam": 1.0}, {}, None),
     **{f"{n} slot{'s' * (n > 1)}": ({}, {"n_slots": n}, None) for n in (1, 4, 64)},
@@ -72,13 +79,13 @@ def ablate(run: Path, name: str) -> None:
     backbone, tokenizer = load_backbone(run / "backbone"), tiny_tokenizer()
     c = backbone.config
     torch.manual_seed(args.seed)
-    memory = MetaState(replace(preset(backbone), **fields))
+    memory = MetaState(replace(preset(backbone), **{"n_updates": args.K, **fields}))
     if change:
         change(memory)
     examples = train.read_examples(list(enumerate(dial_problems("train", 30_000))), "", tokenizer, c.eos_id,
                                    args.max_length)
     batches = train.Batches(examples, args.batch, seed=args.seed, pad_id=c.pad_id, K=args.K,
-                            alpha=args.alpha, confident=args.confident, iters=args.iters,
+                            alpha=args.alpha, confident=args.confident,
                             answer_length=PROTOCOLS["dial"].settings["gen_length"])
     path = run / "ablations" / f"{name}.pt"
     train.fit(memory, partial(train.memory_loss, backbone=backbone, lam=args.lam, carry=args.carry), batches,

@@ -185,6 +185,20 @@ def test_memory_between_steps(backbone, memory):
     assert not torch.equal(trace["keep"][2], trace["blocks"][2])
 
 
+def test_updates_are_spread_over_the_answer(backbone, memory):
+    """With n_updates = 3 and 12 tokens, in one step each: after 0, 4 and 8 of them; and never more
+    than one in a step."""
+    def changes(n, steps):
+        memory.config, trace = replace(memory.config, n_updates=n), []
+        generate(backbone, torch.randint(300, (2, 3)), gen_length=12, steps=steps, memory=memory,
+                 on_step=lambda canvas, revealed, confidence, t: trace.append(t[0]["slot_change"]))
+        return [bool(change.all()) for change in trace if change.any() == change.all()]
+
+    assert changes(3, 12) == [True, False, False, False] * 3
+    assert changes(3, 4) == [True, False, True, True]           # after 0, 3, 6 and 9 tokens
+    assert changes(6, 3) == [True] * 3 and changes(None, 12) == [True] * 12
+
+
 @pytest.mark.parametrize("settings, word", [
     (dict(gen_length=10, block_length=4, steps=4), "divide"),
     (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),

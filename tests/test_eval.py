@@ -109,7 +109,7 @@ def test_compare_pairs_the_problems(folder, monkeypatch, capsys):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [{"setting": {}}, *rows])) + "\n")
     run(monkeypatch, "--compare", "a.jsonl", "b.jsonl")
     assert "4 problems: 25.0% -> 75.0%, +50.0 points" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="data.jsonl holds no results"):
+    with pytest.raises(SystemExit, match="data.jsonl .*results that"):
         run(monkeypatch, "--compare", "a.jsonl", "data.jsonl")
 
 

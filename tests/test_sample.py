@@ -1,8 +1,8 @@
 """sample.py in the hands of a person: answers, steps, blanks, a page, and sentences for mistakes."""
-import json
 import re
 import sys
 from dataclasses import asdict
+from html import escape
 
 import pytest
 import torch
@@ -65,7 +65,9 @@ def test_the_page_stands_alone_and_its_text_is_escaped(run, trained, tmp_path):
     run("--prompt", attack, "--html", "page.html", "--steps", "5")
     page = (tmp_path / "page.html").read_text("utf-8")
     assert page.count("<script") == 1 and page.count("</script") == 1 and "http" not in page
-    with_memory, without = json.loads(re.search(r"const runs = (\[.*?\]), find", page).group(1))
-    assert with_memory["prompt"].startswith(attack) and with_memory["steps"] == 5
-    assert len(with_memory["slot_change"]) == 5 and len(with_memory["slot_change"][0]) == 16
-    assert without["slot_change"] == [] and sorted(set(with_memory["revealed"])) == [1, 2, 3, 4, 5]
+    with_memory, without = page.split("<section>")[1:]
+    for section in (with_memory, without):             # every token says when it was revealed
+        steps = [int(k) for k in re.findall('<span data-k="(.*?)"', section)]
+        assert sorted(steps) == sorted([1, 2, 3, 4, 5] * 4) and escape(attack) in section
+    cells = re.findall('<rect data-k="(.*?)"', with_memory)    # change and gate of every slot
+    assert len(cells) == 2 * 5 * 16 and set(cells) == set("12345") and "<rect" not in without

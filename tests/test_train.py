@@ -29,7 +29,7 @@ def data(tmp_path):
 
 
 SMALL = ["--backbone-iters", "6", "--backbone-batch", "8", "--iters", "8", "--batch", "8", "--K", "3",
-         "--warmup", "2", "--save-every", "2", "--device", "cpu", "--problems", "0"]
+         "--save-every", "2", "--device", "cpu", "--problems", "0"]
 
 
 def start(out, data, *more):
@@ -155,8 +155,7 @@ def test_a_killed_rank_ends_the_job_and_keeps_the_checkpoint(tmp_path, data):
 
 
 def batches(examples, batch, **more):
-    settings = dict(seed=0, pad_id=TINY.pad_id, answer_length=0, K=4, alpha=1.0, confident=(0.3, 0.3),
-                    iters=100)
+    settings = dict(seed=0, pad_id=TINY.pad_id, answer_length=0, K=4, alpha=1.0, confident=0.3)
     return train.Batches(examples, batch, **settings | more)
 
 
