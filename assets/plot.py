@@ -1,7 +1,9 @@
 """Draw the README's pictures from the logs of finished runs: python assets/plot.py out/tiny [...]
 
 Needs matplotlib, for this script only. Accuracy: mean over runs, bars from the lowest to the
-highest run. Loss: mean over runs and over 20 steps of training.
+highest run. Loss: mean over runs and over 20 steps of training. The same means are printed as a
+table, then the difference of each row to the frozen backbone with the paired 95 % interval of all
+runs together.
 """
 import json
 import sys
@@ -11,6 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from eval_gsm8k import paired_interval  # noqa: E402
+
 STYLE = {"frozen": "k--", "MetaState": "C0o-", "memory reset": "C1s-", "memory shuffled": "C3^-",
          "memoryless-trained": "C2d-"}
 
@@ -20,8 +26,26 @@ def losses(run: Path, name: str) -> np.ndarray:
     return np.array([json.loads(line)["by_step"] for line in lines])
 
 
+def summary(tables: list[dict]) -> None:
+    by_steps = list(tables[0]["frozen"])
+    print(f"| steps | {' | '.join(by_steps)} |\n" + "|---" * (len(by_steps) + 1) + "|")
+    for name in STYLE:
+        x = np.array([[100 * np.mean(table[name][steps]) for steps in by_steps] for table in tables])
+        cells = [f"{y.mean():.1f} ({y.min():.1f} - {y.max():.1f})" for y in x.T]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print()
+    for name in list(STYLE)[1:]:
+        cells = []
+        for steps in by_steps:
+            both = [sum((table[row][steps] for table in tables), []) for row in ("frozen", name)]
+            mean, low, high = (100 * x for x in paired_interval(*both))
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        print(f"| {name} - frozen | {' | '.join(cells)} |")
+
+
 def main(runs: list[Path]) -> None:
     tables = [json.loads((run / "table.json").read_text()) for run in runs]
+    summary(tables)
     plt.figure(figsize=(6, 4))
     for name, style in STYLE.items():
         steps = sorted(map(int, tables[0][name]))
