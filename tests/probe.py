@@ -3,7 +3,8 @@
 After every denoising step a linear probe (ridge regression on one-hot values, 4,000 training
 problems) reads the result of each press from all slots together. Printed is its accuracy on those
 of 1,000 validation problems where that result is not revealed yet, with the memory kept and, as a
-control, reset before every step; chance is 10 %. Then the mean update gate of every step.
+control, reset before every step; chance is 10 %. Beside it the mean update gate of the step. Then
+the loss of every unrolled step on the validation problems, with the memory kept, reset, shuffled.
 """
 import argparse
 import sys
@@ -13,9 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from diffusion import generate  # noqa: E402
+import train  # noqa: E402
+from diffusion import generate, unroll  # noqa: E402
 from eval_gsm8k import PRESSES, PROTOCOLS, dial_problems, prompt_ids  # noqa: E402
-from metastate import load_memory  # noqa: E402
+from metastate import load_checkpoint, load_memory  # noqa: E402
 from model import load_backbone, tiny_tokenizer  # noqa: E402
 
 PLACES = [2 + 4 * i for i in range(PRESSES)]           # of the results in the answer
@@ -52,10 +54,24 @@ def probe(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor) -> torch.Tenso
     return (x_test @ weights).argmax(1)
 
 
+@torch.no_grad()
+def losses(run: Path, carry: str, K: int) -> list[float]:
+    """Dense loss of every step of an unroll, rows by confidence, mean over the problems."""
+    backbone, tokenizer = load_backbone(run / "backbone"), tiny_tokenizer()
+    memory, c = load_memory(run / "memory.pt", backbone), backbone.config
+    examples = train.read_examples(list(enumerate(dial_problems("valid", 1000))), "", tokenizer, c.eos_id, 64)
+    batches = train.Batches(examples, 1000, seed=0, pad_id=c.pad_id, K=K, alpha=1.0, confident=1.0,
+                            answer_length=PROTOCOLS["dial"].settings["gen_length"])
+    batch = batches(0, slice(None), torch.device("cpu"))
+    batch.pop("t")
+    return unroll(backbone, memory, **batch, lam=0.5, carry=carry)[1].tolist()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
+    K = int(load_checkpoint(run / "memory.pt")["settings"]["K"])
     head = " | ".join(f"result {i + 1}" for i in range(PRESSES))
     print(f"| after step | memory | {head} | gate |\n|---|---|{'---|' * PRESSES}---|")
     for carry in ("keep", "reset"):
@@ -67,6 +83,9 @@ def main() -> None:
                 right = (probe(x, results[:, i], x_test) == want[:, i])[hidden[:, i]]
                 cells.append(f"{100 * right.float().mean():.0f} %" if len(right) > 50 else "revealed")
             print(f"| {k + 1} | {carry} | {' | '.join(cells)} | {gate:.2f} |")
+    print(f"\n| loss of step | {' | '.join(str(k + 1) for k in range(K))} |\n|{'---|' * (K + 1)}")
+    for carry in ("keep", "reset", "shuffle"):
+        print(f"| {carry} | {' | '.join(f'{x:.3f}' for x in losses(run, carry, K))} |")
 
 
 if __name__ == "__main__":
