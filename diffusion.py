@@ -168,7 +168,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
     total = twice(maskable.sum(1).clamp(min=1))
     seeds = range(B) if seeds is None else seeds
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    eot_ids = [i for i in (c.eos_id, c.eot_id) if i is not None] if confidence_eos_eot_inf else []
+    ends = [i for i in (c.eos_id, c.eot_id) if confidence_eos_eot_inf and i in range(c.vocab_size)]
     timesteps = torch.linspace(1, 1e-3, steps + 1)
     shares = 1 - timesteps[1:] / timesteps[:-1]        # Dream's: of what is masked at each step
 
@@ -208,7 +208,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
                 logits[:, c.eos_id] = float("-inf")
             # 2. a token for every eligible position, and how sure it is
             if remasking in LLADA_REMASKING:
-                tokens, sure = llada_tokens(logits, uniform, temperature, eot_ids, c.mask_id,
+                tokens, sure = llada_tokens(logits, uniform, temperature, ends, c.mask_id,
                                             confidence_dtype)
             else:
                 tokens, sure = dream_tokens(logits, uniform, temperature, remasking, c.mask_id,

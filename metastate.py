@@ -22,6 +22,7 @@ slots go in and slots come out, and nothing in them grows with T. Cost: O(T M).
 """
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,7 +209,8 @@ def model_arguments(parser, *, training: bool = False) -> None:
     add = parser.add_argument_group("models").add_argument
     add("--init", default="tiny" if training else None, help=f"{', '.join(PRESETS)}, or a "
         "checkpoint folder" + " (default: tiny)" * training)
-    add("--weights", help="folder with the weights of --init, else found or downloaded")
+    add("--weights", type=os.path.abspath,             # a folder, whatever its name
+        help="folder with the weights of --init, else found or downloaded")
     add("--device", help="cpu, cuda, mps (default: the best there is)")
     add("--compile", action="store_true", help="torch.compile the backbone's layers")
     if not training:

@@ -50,7 +50,7 @@ def blame(source: object, advice: str = "fetch it again") -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
             AssertionError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = re.split(r"\.\s|\n", str(error))[0]              # its first sentence
         raise InputError(f"{source} fails ({type(error).__name__}: {reason}); {advice}")
 
 def run_program(main: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ class Config:
     mask_id: int
     eos_id: int
     pad_id: int
-    bos_id: int | None = None
+    bos_id: int | None = None      # this one and the next are not in config.json
     eot_id: int | None = None      # end of a chat turn
 
 LLADA = Config("llada", 126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=12288,
@@ -260,8 +260,6 @@ def read_config(folder: Path) -> Config:
         else:
             base, vocab = PRESETS[kind][0], found.get("embedding_size") or found["vocab_size"]
             ids = {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
-            for name in ("bos_id", "eot_id"):              # not in config.json
-                ids[name] = getattr(base, name) if vocab > getattr(base, name) else None
             values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
             c = replace(base, vocab_size=vocab, **values, **ids)
         sizes = [c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff]

@@ -61,12 +61,12 @@ def main() -> None:
               {"settings": {}}, args, args.backbone_iters, args.backbone_lr)
     save_backbone(backbone.requires_grad_(False).eval(), out / "backbone")
     trained = []
-    for name, carry in (("memory", "keep"), ("memoryless", "reset")):
+    for carry in ("keep", "reset"):
         torch.manual_seed(args.seed)
         config = replace(preset(backbone), n_updates=args.K)
         trained.append(MetaState(config))
         train.fit(trained[-1], partial(train.memory_loss, backbone=backbone, lam=args.lam, carry=carry),
-                  batches(args.batch), out / f"{name}.pt",
+                  batches(args.batch), out / f"{carry}.pt",
                   {"backbone": "arithmetic", "settings": {}, "config": asdict(config)}, args, args.iters, args.lr)
     train.table(backbone, tokenizer, *(m.eval() for m in trained), every[:1000], (LENGTH, 14, 9, 7, 5), out,
                 gen_length=LENGTH)
