@@ -113,9 +113,12 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     assert (tmp_path / "run" / "memory.pt").read_bytes() == before
 
 
+RANDOM = ["--confident", "0"]                           # a reveal must not hang on the last bit
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data):
     for name, n in (("one", 1), ("four", 4)):
-        assert finish(start(tmp_path / name, data, "--accumulate", str(n))) == 0
+        assert finish(start(tmp_path / name, data, "--accumulate", str(n), *RANDOM)) == 0
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "four")):
         assert a["by_step"] == pytest.approx(b["by_step"], rel=2e-4)
         assert a["norm"] == pytest.approx(b["norm"], rel=2e-3)
@@ -130,8 +133,8 @@ def torchrun(n, out, data, *more):
 
 
 def test_two_processes_train_as_one_does(tmp_path, data):
-    assert finish(start(tmp_path / "one", data)) == 0
-    two = torchrun(2, tmp_path / "two", data)
+    assert finish(start(tmp_path / "one", data, *RANDOM)) == 0
+    two = torchrun(2, tmp_path / "two", data, *RANDOM)
     output, _ = two.communicate(timeout=100)
     assert two.returncode == 0, output
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
