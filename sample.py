@@ -71,7 +71,8 @@ def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, bac
     def on_step(canvas, revealed, confidence, trace) -> None:
         traces.append({key: value[0].tolist() for key, value in trace[0].items()} if trace else {})
         by_step[revealed[0]] = len(traces)
-        sure[revealed[0]] = confidence[0, revealed[0]].float().clamp(0, 1)
+        value = confidence[0, revealed[0]].float()
+        sure[revealed[0]] = torch.where(value > 0, value, value.exp()).clamp(max=1)   # of -entropy
         if show:
             change = traces[-1].get("slot_change", [])
             bar = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in change)

@@ -1,9 +1,8 @@
 """Draw the README's pictures from the logs of finished runs: python assets/plot.py out/tiny [...]
 
 Needs matplotlib, for this script only. Accuracy: mean over runs, bars from the lowest to the
-highest run. Loss: mean over runs and over 20 steps of training. The same means are printed as a
-table, then the difference of each row to the frozen backbone with the paired 95 % interval of all
-runs together.
+highest run. Loss: mean over runs and over 20 steps of training. --table prints the same means and
+draws nothing; below them differences, with the paired 95 % interval of all runs together.
 """
 import json
 import sys
@@ -34,18 +33,20 @@ def summary(tables: list[dict]) -> None:
         cells = [f"{y.mean():.1f} ({y.min():.1f} - {y.max():.1f})" for y in x.T]
         print(f"| {name} | {' | '.join(cells)} |")
     print()
-    for name in list(STYLE)[1:]:
+    for name, other in [(name, "frozen") for name in list(STYLE)[1:]] + [("MetaState", "memoryless-trained")]:
         cells = []
         for steps in by_steps:
-            both = [sum((table[row][steps] for table in tables), []) for row in ("frozen", name)]
+            both = [sum((table[row][steps] for table in tables), []) for row in (other, name)]
             mean, low, high = (100 * x for x in paired_interval(*both))
             cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-        print(f"| {name} - frozen | {' | '.join(cells)} |")
+        print(f"| {name} - {other} | {' | '.join(cells)} |")
 
 
-def main(runs: list[Path]) -> None:
+def main(*arguments: str) -> None:
+    runs = [Path(argument) for argument in arguments if argument != "--table"]
     tables = [json.loads((run / "table.json").read_text()) for run in runs]
-    summary(tables)
+    if "--table" in arguments:
+        return summary(tables)
     plt.figure(figsize=(6, 4))
     for name, style in STYLE.items():
         steps = sorted(map(int, tables[0][name]))
@@ -76,4 +77,4 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main([Path(argument) for argument in sys.argv[1:]] or [Path("out/tiny")])
+    main(*(sys.argv[1:] or ["out/tiny"]))
