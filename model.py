@@ -482,12 +482,12 @@ class Tokenizer:
                 for part in re.split(r"(<\|\w+\|>)", text)
                 for i in self.encode(part.format(**m), special or part.startswith("<|"))]
 
-def tiny_tokenizer() -> Tokenizer:
+def tiny_tokenizer(words: list[str] = TINY_WORDS) -> Tokenizer:
     ranks = {bytes([i]): i for i in range(256)}
-    for word in TINY_WORDS:
+    for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
-    encoding = tiktoken.Encoding("tiny", pat_str="|".join(map(re.escape, TINY_WORDS)) + r"|[\s\S]",
+    encoding = tiktoken.Encoding("tiny", pat_str="|".join(map(re.escape, words)) + r"|[\s\S]",
                                  mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
 

@@ -15,10 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import model  # noqa: E402
 import train  # noqa: E402
 from metastate import MetaState, preset  # noqa: E402
-from model import TINY, Backbone, save_backbone  # noqa: E402
+from model import TINY, Backbone, save_backbone, tiny_tokenizer  # noqa: E402
 
 NAMES, THINGS = [" Ann", " Ben", " Eva", " Tom"], [" pens", " nuts", " eggs", " coins"]
 MORE, LESS = [" buys", " finds", " gets"], [" loses", " sells", " eats"]
@@ -50,8 +49,7 @@ def main() -> None:
     given = parser.parse_args()
     sys.argv = ["train.py", "--out", str(given.out), "--seed", str(given.seed)]
     args, out = train.arguments(), given.out
-    model.TINY_WORDS[:] = WORDS
-    tokenizer, every = model.tiny_tokenizer(), problems(41_000, np.random.default_rng(0))
+    tokenizer, every = tiny_tokenizer(WORDS), problems(41_000, np.random.default_rng(0))
     examples = train.read_examples(list(enumerate(every[1000:])), "", tokenizer, TINY.eos_id, 100)
     batches = partial(train.Batches, examples, seed=args.seed, pad_id=TINY.pad_id, K=args.K, alpha=args.alpha,
                       confident=args.confident, answer_length=LENGTH)
