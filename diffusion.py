@@ -146,9 +146,10 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
     steps are shared out evenly over blocks of block_length (default: one block). attention_mask
     (B, P): 0 at left padding. remasking: low_confidence and random on LLaDA's schedule; origin,
     maskgit_plus, topk_margin and entropy on Dream's. threshold: reveal all that is surer, at least
-    one, in as many steps as that takes. carry: see carry_over. seeds (B,): a random stream for each
-    row; no row depends on the others, on padding or on the batch. confidence_dtype: bfloat16 ties
-    as the originals do. on_step(canvas, revealed, confidence, trace) sees every step.
+    one, in as many steps as that takes. carry: see carry_over; memory.config.n_updates says how
+    often the memory is updated. seeds (B,): a random stream for each row; no row depends on the
+    others, on padding or on the batch. confidence_dtype: bfloat16 ties as the originals do.
+    on_step(canvas, revealed, confidence, trace) sees every step.
     """
     c, device, (B, P) = backbone.config, prompt_ids.device, prompt_ids.shape
     block_length = block_length or gen_length
@@ -196,8 +197,8 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: 
                 h, new = memory.step(backbone, seen, slots, maskable=twice(maskable), rows=rows,
                                      attention_mask=twice(mask), trace=trace)
                 if (n := memory.config.n_updates) is not None:     # when another n-th is revealed
-                    last, part = part, twice((maskable & (canvas != c.mask_id)).sum(1)) * n // total
-                    due = (part > last)[:, None]
+                    old, part = part, twice((maskable & (canvas != c.mask_id)).sum(1)) * n // total
+                    due = (part > old)[:, None]
                     new, trace[0]["slot_change"] = (
                         torch.where(due[..., None], new, slots), trace[0]["slot_change"] * due)
                 logits, slots = backbone.head(h), carry_over(carry, memory, new)

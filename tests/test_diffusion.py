@@ -188,15 +188,18 @@ def test_memory_between_steps(backbone, memory):
 def test_updates_are_spread_over_the_answer(backbone, memory):
     """With n_updates = 3 and 12 tokens, in one step each: after 0, 4 and 8 of them; and never more
     than one in a step."""
-    def changes(n, steps):
+    def changes(n, steps, **more):
         memory.config, trace = replace(memory.config, n_updates=n), []
-        generate(backbone, torch.randint(300, (2, 3)), gen_length=12, steps=steps, memory=memory,
-                 on_step=lambda canvas, revealed, confidence, t: trace.append(t[0]["slot_change"]))
+        out = generate(backbone, torch.randint(300, (2, 3)), gen_length=12, steps=steps, memory=memory, **more,
+                       on_step=lambda canvas, revealed, confidence, t: trace.append(t[0]["slot_change"]))
+        assert not (out == MASK).any()
         return [bool(change.all()) for change in trace if change.any() == change.all()]
 
     assert changes(3, 12) == [True, False, False, False] * 3
     assert changes(3, 4) == [True, False, True, True]           # after 0, 3, 6 and 9 tokens
     assert changes(6, 3) == [True] * 3 and changes(None, 12) == [True] * 12
+    assert changes(3, 4, remasking="entropy") == [True, False, True, True]
+    assert changes(3, 4, cfg_scale=1.0, block_length=6) == [True, False, True, True]
 
 
 @pytest.mark.parametrize("settings, word", [
