@@ -494,9 +494,9 @@ def tiny_tokenizer(words: list[str] = TINY_WORDS) -> Tokenizer:
 def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
     """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt,
     tokenizer_config.json) or preset. Raises InputError for files of another form."""
-    if str(path_or_preset) == "tiny":
-        return tiny_tokenizer()
-    kind = read_config(folder := find_weights(path_or_preset)).kind
+    kind = str(path_or_preset)
+    if kind != "tiny":
+        kind = read_config(folder := find_weights(path_or_preset)).kind
     if kind == "tiny":
         return tiny_tokenizer()
     # GPT-2's printable names of the 256 bytes: those without one of their own follow from U+0100

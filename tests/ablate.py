@@ -23,8 +23,6 @@ from eval_gsm8k import PROTOCOLS, dial_problems, evaluate  # noqa: E402
 from metastate import MetaState, load_checkpoint, preset  # noqa: E402
 from model import load_backbone, tiny_tokenizer  # noqa: E402
 
-STEPS = (20, 10, 8, 5, 4)
-
 
 class Overwrite(torch.nn.Module):
     """No Updater: a slot becomes what the Mixer read."""
@@ -95,20 +93,20 @@ def ablate(run: Path, name: str) -> None:
     carry = "reset" if args.carry == "reset" else "keep"
     row = {steps: float(np.mean([r["correct"] for r in evaluate(
         backbone, tokenizer, problems, PROTOCOLS["dial"], memory=memory, carry=carry, batch_size=250,
-        steps=steps)])) for steps in STEPS}
-    losses = [json.loads(line)["by_step"] for line in path.with_suffix(".log.jsonl").read_text().splitlines()]
+        steps=steps)])) for steps in train.EVAL_STEPS}
     with open(run / "ablations.jsonl", "a") as file:
-        file.write(json.dumps({"name": name, "accuracy": row, "loss": np.mean(losses[-50:], 0).tolist()}) + "\n")
+        file.write(json.dumps({"name": name, "accuracy": row}) + "\n")
 
 
 def table(runs: list[Path]) -> None:
     rows = [json.loads(line) for run in runs for line in (run / "ablations.jsonl").read_text().splitlines()]
-    print(f"| variant | {' | '.join(f'{s} steps' for s in STEPS)} | runs |\n" + "|---" * (len(STEPS) + 2) + "|")
+    head = [f"{steps} steps" for steps in train.EVAL_STEPS]
+    print(f"| variant | {' | '.join(head)} | runs |\n" + "|---" * (len(head) + 2) + "|")
     for name in VARIANTS:
         found = [row["accuracy"] for row in rows if row["name"] == name]
         if found:
             cells = []
-            for steps in STEPS:
+            for steps in train.EVAL_STEPS:
                 x = [100 * accuracy[str(steps)] for accuracy in found]
                 cells.append(f"{np.mean(x):.1f}" + (f" ({min(x):.1f}-{max(x):.1f})" if len(x) > 1 else ""))
             print(f"| {name} | {' | '.join(cells)} | {len(found)} |")
