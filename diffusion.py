@@ -1,63 +1,78 @@
-"""Masked diffusion: the forward process, the losses that train backbone and memory, the samplers.
+"""Masked diffusion: the losses that train backbone and memory, and the sampler.
 
 Backbone loss: LLaDA (arXiv 2502.09992) eq. 3 and its SFT form. Memory loss: MetaState's K-step
-unrolling, as restated in PUMBA's eq. F.1. Samplers: LLaDA's generate.py, Dream's diffusion_generate
-and the threshold of Fast-dLLM (arXiv 2505.22618), as variants of one loop.
+unrolling, as restated in PUMBA's eq. F.1. Sampler: LLaDA's generate.py, Dream's diffusion_generate
+and the threshold of Fast-dLLM (arXiv 2505.22618) are one loop, generate, with a few small functions
+below it for what they do differently.
 """
+from dataclasses import dataclass
 from itertools import count
-from typing import Callable, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from metastate import MetaState
-from model import Backbone, ensure
+from model import Backbone, Config, ensure, recomputed
 
-def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 256) -> tuple:
-    """Cross-entropy (N,) of picked h (N, D), and the log of the highest probability (N,). There are
-    never more logits than (chunk, V): the backward pass computes them again."""
-    def part(h, targets):
-        logits = backbone.head(h).float()
-        total = logits.logsumexp(-1)
-        return total - logits.gather(1, targets[:, None])[:, 0], (logits.amax(-1) - total).detach()
-    parts = [checkpoint(part, *pair, use_reentrant=False) if backbone.checkpointing else part(*pair)
-             for pair in zip(h.split(chunk), targets.split(chunk))]
-    return tuple(map(torch.cat, zip(*parts)))
+# -------------------------------------------------------------------------------------- LOSSES
+
+
+def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 256
+                  ) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (N,) of picked h (N, D), and the log of the highest probability (N,). With
+    backbone.recompute there are never more logits than (chunk, V), in the backward pass neither."""
+
+    def score(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = backbone.head(h).float().log_softmax(-1)               # (chunk, V)
+        return -log_p.gather(1, targets[:, None])[:, 0], log_p.amax(-1).detach()
+
+    scored = [recomputed(score, *pair, enabled=backbone.recompute)
+              for pair in zip(h.split(chunk), targets.split(chunk))]
+    losses, confidences = zip(*scored)
+    return torch.cat(losses), torch.cat(confidences)
+
 
 def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor, noise: Tensor,
-                   keep: float = 0.0, eps: float = 1e-3) -> Tensor:
+                   visible_share: float = 0.0, eps: float = 1e-3) -> Tensor:
     """Denoising loss at one time per row, weighted by 1/t. ids, maskable (B, T); t (B,) and noise
     (B, T) uniform in [0, 1). With everything maskable this is LLaDA's pretraining loss; with the
-    answer and its end-of-text padding maskable, its SFT loss. keep: a share of the maskable tokens
-    that is scored even where it is visible, as BERT's unchanged tokens are."""
-    p = (1 - eps) * t[:, None] + eps                                           # mask_ratio (B, 1)
-    masked = maskable & (noise < p)
-    scored = masked | maskable & (noise > 1 - keep)
+    answer and its end-of-text padding maskable, its SFT loss. visible_share: of all maskable
+    tokens, how many are scored although they are visible, as BERT scores some unchanged tokens."""
+    p = (1 - eps) * t[:, None] + eps                                   # (B, 1) mask ratio
+    masked = maskable & (noise < p)                                    # (B, T)
+    visible = maskable & (noise >= p) & (noise > 1 - visible_share)    # (B, T)
+    scored = masked | visible                                          # (B, T)
     h, context = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))
-    h = backbone.run(h, context, 0, len(backbone.layers))
-    ce, _ = cross_entropy(backbone, backbone.pick(h, scored), ids[scored])
-    weight = torch.where(masked, 1 / p, 1.0) / maskable.sum(1, keepdim=True)
+    h = backbone.run(h, context, 0, len(backbone.layers))              # (B, T, D)
+    ce, _ = cross_entropy(backbone, backbone.pick(h, scored), ids[scored])     # (N,)
+    weight = torch.where(masked, 1 / p, 1.0)                           # (B, T)
+    weight = weight / maskable.sum(1, keepdim=True)
     return (ce * weight[scored]).sum() / len(ids)
 
-def choose(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
+
+def best_positions(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
     """The n (B,) eligible positions of highest score in each row, ties to the left; bool (B, T)."""
-    order = score.masked_fill(~eligible, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    return eligible & (order.argsort(dim=1) < n[:, None])
+    score = score.masked_fill(~eligible, float("-inf"))
+    order = score.argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)                                        # (B, T), 0 is the best
+    return eligible & (rank < n[:, None])
+
 
 def carry_over(carry: str, memory: MetaState, slots: Tensor) -> Tensor:
-    """What becomes of the memory between two steps: keep (the method), its controls reset and
-    shuffle, or detach, an ablation of the training."""
+    """What becomes of the memory (B, M, d) between two steps: keep is the method. The controls:
+    reset, it begins anew; shuffle, every sample goes on with the memory of another."""
     if carry == "reset":
         return memory.initial(len(slots))
-    if carry == "shuffle":                             # every sample goes on with another's memory
+    if carry == "shuffle":
         return slots.roll(1, dims=0)
-    return slots.detach() if carry == "detach" else slots
+    return slots
+
 
 def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor, counts: Tensor,
-           noise: Tensor, by_confidence: Tensor, *, lam: float, carry: str = "keep"
-           ) -> tuple[Tensor, Tensor]:
+           noise: Tensor, by_confidence: Tensor, *, lam: float, carry: str = "keep",
+           think: int = 0) -> tuple[Tensor, Tensor]:
     """K denoising steps from all masked to all revealed; the memory runs through all of them.
 
         L = sum_k w_k [lam * dense_k + (1 - lam) * reveal_k],    w_k = n_k / N
@@ -65,173 +80,329 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     dense_k averages the cross-entropy over what is masked at step k, reveal_k over what is revealed
     there. ids, maskable, noise (B, T); counts (B, K): n_k, which sum to N, the row's maskable
     positions; by_confidence (B,) bool: rows that reveal where the model is surest, not at random.
+    think: passes over the unwritten answer before step 1, whose slots the unroll begins with, so
+    that a memory learns to keep what it knows for longer than K steps.
     Returns the mean of L over rows, and that of dense_k for each k, (K,).
     """
-    masked, slots, loss, dense_by_step = maskable, memory.initial(len(ids)), 0.0, []
+    mask_id = backbone.config.mask_id
+    masked = maskable                                                  # (B, T)
+    slots = memory.initial(len(ids))                                   # (B, M, d)
+    with torch.no_grad():              # progressive training: no gradient through these passes
+        for _ in range(think):
+            canvas = ids.masked_fill(masked, mask_id)
+            _, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
+            slots = carry_over(carry, memory, slots)
+
+    loss = 0.0
+    dense_by_step = []
     for k in range(counts.shape[1]):
         # 1. denoise with the memory of the step before
-        canvas = ids.masked_fill(masked, backbone.config.mask_id)
-        h, slots = memory.step(backbone, canvas, slots, maskable=maskable, rows=masked)
-        # 2. cross-entropy wherever a token is masked
-        ce, sure = (torch.zeros_like(noise).masked_scatter(masked, values)
-                    for values in cross_entropy(backbone, h, ids[masked]))             # (B, T)
+        canvas = ids.masked_fill(masked, mask_id)                      # (B, T)
+        h, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
+
+        # 2. cross-entropy wherever a token is masked, and how sure the model is there
+        ce, confidence = cross_entropy(backbone, h, ids[masked])       # (N,) both
+        ce = torch.zeros_like(noise).masked_scatter(masked, ce)        # (B, T)
+        confidence = torch.zeros_like(noise).masked_scatter(masked, confidence)
+
         # 3. the n_k positions to reveal
-        revealed = choose(torch.where(by_confidence[:, None], sure, noise), masked, counts[:, k])
+        score = torch.where(by_confidence[:, None], confidence, noise)
+        revealed = best_positions(score, masked, counts[:, k])         # (B, T)
+
         # 4. L_k
-        dense = ce.sum(1) / masked.sum(1).clamp(min=1)
-        reveal = (ce * revealed).sum(1) / counts[:, k].clamp(min=1)
-        weight = counts[:, k] / maskable.sum(1)
+        dense = ce.sum(1) / masked.sum(1).clamp(min=1)                 # (B,)
+        reveal = (ce * revealed).sum(1) / counts[:, k].clamp(min=1)    # (B,)
+        weight = counts[:, k] / maskable.sum(1)                        # (B,)
         loss = loss + (weight * (lam * dense + (1 - lam) * reveal)).mean()
         dense_by_step.append(dense.detach().mean())
+
         # 5. reveal the ground truth; between steps the gradient has no way but the memory
-        masked, slots = masked & ~revealed, carry_over(carry, memory, slots)
+        masked = masked & ~revealed
+        slots = carry_over(carry, memory, slots)
     return loss, torch.stack(dense_by_step)
 
-# ---------------------------------------------------------------------------------- sampling
+
+# ------------------------------------------------------------------------------------ SAMPLING
+
 LLADA_REMASKING = ("low_confidence", "random")
 DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
+CARRY = ("keep", "reset", "shuffle")
 
-def gumbel(uniform: Tensor) -> Tensor:
-    return -torch.log(-torch.log(uniform))
 
-def llada_tokens(logits: Tensor, uniform: Callable, temperature: float, eot_ids: list[int],
-                 mask_id: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """LLaDA: Gumbel-max tokens (N,) of logits (N, V), never a mask, and their probabilities without
-    the noise. eot_ids get confidence 0 at every temperature; the original loses end-of-text above 0
-    (its issue 137)."""
-    kept = logits[:, mask_id].clone()
-    logits[:, mask_id] = float("-inf")
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    tokens = (logits if temperature == 0 else logits.to(wide) + temperature * gumbel(
-        uniform(logits.shape[1], wide))).argmax(-1)
-    logits[:, mask_id] = kept
-    logits[:, eot_ids] = float("-inf")
-    return tokens, logits.to(dtype).softmax(-1).gather(1, tokens[:, None])[:, 0]
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is denoised. Raises InputError for settings that cannot work together."""
+    gen_length: int = 128              # tokens of the answer; 0: only the masks in the prompt
+    steps: int = 128                   # passes that reveal, shared out evenly over the blocks
+    block_length: int | None = None    # the answer is written block by block; None: all at once
+    think: int = 0                     # passes before the first token, which change the memory only
+    threshold: float | None = None     # reveal all that is surer, in as many passes as that takes
+    remasking: str = "low_confidence"  # how the tokens to reveal are chosen
+    temperature: float = 0.0
+    top_p: float | None = None         # Dream: the smallest set of tokens with this probability
+    top_k: int | None = None           # Dream: the k likeliest tokens
+    alg_temp: float = 0.0              # Dream: reveal at random, the surer the sooner
+    cfg_scale: float = 0.0             # guidance: away from what the model says without the prompt
+    logits_eos_inf: bool = False       # never write end-of-text
+    confidence_eos_eot_inf: bool = False       # reveal end-of-text and end-of-turn last
 
-def dream_tokens(logits: Tensor, uniform: Callable, temperature: float, remasking: str,
-                 mask_id: int, top_p: float | None, top_k: int | None, dtype: torch.dtype
-                 ) -> tuple[Tensor, Tensor]:
-    """Dream: tokens (N,) of logits (N, V), never a mask, after temperature, top_p and top_k, and a
-    confidence from the same filtered distribution."""
-    logits, lowest = logits / (temperature or 1), torch.finfo(logits.dtype).min
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(descending=True)
-        beyond = F.pad(ordered.softmax(-1).cumsum(-1) > top_p, (1, -1))    # the first one stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, index, beyond), lowest)
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, lowest)
-    p = logits.to(dtype).softmax(-1)
-    noisy = p.clone() if temperature == 0 else p.log() + gumbel(uniform(p.shape[1], dtype))
-    noisy[:, mask_id] = float("-inf")
-    tokens = noisy.argmax(-1)
-    if remasking == "topk_margin":
-        return tokens, -p.topk(2).values.diff()[:, 0]
-    if remasking == "entropy":
+    def __post_init__(self) -> None:
+        n_blocks = self.n_blocks
+        ensure(self.steps > 0 and self.steps % n_blocks == 0
+               and n_blocks * (self.block_length or self.gen_length) == self.gen_length,
+               f"gen_length {self.gen_length}, block_length {self.block_length} and steps "
+               f"{self.steps} do not divide: blocks must fill gen_length and share out steps evenly")
+        known = LLADA_REMASKING + DREAM_REMASKING
+        ensure(self.remasking in known,
+               f"remasking {self.remasking!r} is unknown; take one of {', '.join(known)}")
+        ensure(self.threshold is None or self.remasking in ("low_confidence", "maskgit_plus"),
+               f"threshold needs probabilities, which remasking {self.remasking!r} does not give")
+        ensure(self.threshold is None or self.alg_temp == 0,
+               "threshold and alg_temp both say what to reveal; give one of them")
+
+    @property
+    def n_blocks(self) -> int:
+        return max(1, self.gen_length // (self.block_length or max(1, self.gen_length)))
+
+
+class Pass(NamedTuple):
+    """What on_step is told beside the canvas."""
+    eligible: Tensor                   # (B, T) bool: what this pass could have revealed
+    revealed: Tensor                   # (B, T) bool: what it did reveal
+    guess: Tensor                      # (B, T): the token it would write where eligible
+    confidence: Tensor                 # (B, T): how sure it is of that
+    slots: Tensor | None               # (B, M, d) after the pass
+
+
+@torch.no_grad()
+def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None = None,
+             carry: str = "keep", attention_mask: Tensor | None = None,
+             seeds: Sequence[int] | None = None,
+             on_step: Callable[[Tensor, Pass], None] | None = None, **settings) -> Tensor:
+    """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
+
+    settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see carry_over. seeds
+    (B,): a random stream for each row; no row depends on the others, on padding or on the batch.
+    on_step(canvas, pass) sees every pass.
+    """
+    s = Sampling(**settings)
+    c = backbone.config
+    B, P = prompt_ids.shape
+    ensure(carry != "shuffle" or B > 1, "carry = shuffle needs two samples or more to exchange "
+           "memories; raise the batch size")
+    canvas = F.pad(prompt_ids, (0, s.gen_length), value=c.mask_id)     # (B, T), T = P + gen_length
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, s.gen_length), value=1)
+    maskable = canvas == c.mask_id                                     # (B, T)
+    slots = initial_slots(memory, B, s)
+    streams = RandomStreams(range(B) if seeds is None else seeds, canvas.device)
+    propose = propose_llada if s.remasking in LLADA_REMASKING else propose_dream
+    select = selection_rule(s)
+
+    for block in range(s.n_blocks):
+        in_block = maskable.clone()                                    # (B, T)
+        if block < s.n_blocks - 1:
+            in_block[:, P + (block + 1) * s.block_length:] = False
+        n_begin = (in_block & (canvas == c.mask_id)).sum(1)            # (B,)
+        first = -s.think if block == 0 else 0
+        for step in count(first):
+            eligible = in_block & (canvas == c.mask_id)                # (B, T)
+            steps_are_over = step == s.steps // s.n_blocks and s.threshold is None
+            if steps_are_over or not eligible.any():
+                break
+            # 1. write, run, read, update: one pass of the backbone and its memory
+            logits, slots = denoise(backbone, memory, canvas, slots, maskable, eligible,
+                                    attention_mask, s)                 # (N, V), (B, M, d)
+            # 2. a token for every eligible position, and how sure the model is of it
+            tokens, confidence = propose(logits, eligible, s, streams, c)      # (N,) both
+            guess = canvas.masked_scatter(eligible, tokens)            # (B, T)
+            confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(
+                eligible, confidence.float())                          # (B, T)
+            # 3. which of them to reveal: none while the memory thinks
+            revealed = torch.zeros_like(eligible)                      # (B, T)
+            if step >= 0:
+                revealed = select(confidence, eligible, n_begin, step, s, streams)
+            # 4. reveal them; what is written stays
+            canvas = torch.where(revealed, guess, canvas)
+            if on_step:
+                on_step(canvas, Pass(eligible, revealed, guess, confidence, slots))
+            if memory:
+                slots = carry_over(carry, memory, slots)
+    return canvas
+
+
+def initial_slots(memory: MetaState | None, B: int, s: Sampling) -> Tensor | None:
+    """The memory before the first pass; guidance needs a second one, see denoise."""
+    if memory is None:
+        return None
+    return memory.initial(2 * B if s.cfg_scale > 0 else B)
+
+
+def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
+            maskable: Tensor, eligible: Tensor, attention_mask: Tensor | None, s: Sampling
+            ) -> tuple[Tensor, Tensor | None]:
+    """Logits (N, V) of the eligible positions, and the new slots. With guidance a second copy of
+    the batch, with a memory of its own, sees no prompt."""
+    mask_id = backbone.config.mask_id
+    guided = s.cfg_scale > 0
+    if guided:
+        canvas = torch.cat((canvas, canvas.masked_fill(~maskable, mask_id)))       # (2 B, T)
+        maskable, eligible = maskable.repeat(2, 1), eligible.repeat(2, 1)
+        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    if memory is None:
+        logits = backbone(canvas, attention_mask, eligible)            # (N, V)
+    else:
+        h, new_slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=eligible,
+                                   attention_mask=attention_mask)
+        logits = backbone.head(h)                                      # (N, V)
+        # A row that waits for others to finish their block must not think on meanwhile.
+        at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
+        slots = torch.where(at_work, new_slots, slots)
+    if guided:
+        given, free = logits.chunk(2)
+        logits = free + (s.cfg_scale + 1) * (given - free)
+    if s.logits_eos_inf:
+        logits[:, backbone.config.eos_id] = float("-inf")
+    return logits, slots
+
+
+class RandomStreams:
+    """A random stream for each row, so that no row depends on the batch that it is in."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def uniform(self, eligible: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """(N, width) in (0, 1), every row's part from its own stream. eligible: (B, T), N True."""
+        draws = [torch.rand(n, width, dtype=dtype, device=eligible.device, generator=generator)
+                 for generator, n in zip(self.generators, eligible.sum(1).tolist())]
+        return torch.cat(draws).clamp(min=torch.finfo(dtype).tiny)
+
+    def gumbel(self, eligible: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        return -torch.log(-torch.log(self.uniform(eligible, width, dtype)))
+
+
+# Two ways to propose: tokens (N,), never a mask, and a confidence (N,) from logits (N, V).
+
+def propose_llada(logits: Tensor, eligible: Tensor, s: Sampling, streams: RandomStreams, c: Config
+                  ) -> tuple[Tensor, Tensor]:
+    """LLaDA: Gumbel-max tokens, and their probabilities without the noise. Ends of text or turn can
+    be given confidence 0, here at every temperature (the original loses one above 0, issue 137)."""
+    allowed = logits.clone()
+    allowed[:, c.mask_id] = float("-inf")
+    if s.temperature > 0:
+        wide = torch.float32 if logits.device.type == "mps" else torch.float64
+        noise = streams.gumbel(eligible, logits.shape[1], wide)        # (N, V)
+        allowed = allowed.to(wide) + s.temperature * noise
+    tokens = allowed.argmax(-1)                                        # (N,)
+    if s.confidence_eos_eot_inf:
+        ends = [i for i in (c.eos_id, c.eot_id) if i is not None and i < c.vocab_size]
+        logits[:, ends] = float("-inf")
+    p = logits.float().softmax(-1)                                     # (N, V)
+    return tokens, p.gather(1, tokens[:, None])[:, 0]
+
+
+def propose_dream(logits: Tensor, eligible: Tensor, s: Sampling, streams: RandomStreams, c: Config
+                  ) -> tuple[Tensor, Tensor]:
+    """Dream: tokens after temperature, top_p and top_k, and a confidence from the same filtered
+    distribution: probability, margin between the two likeliest tokens, or negative entropy."""
+    if s.temperature > 0:
+        logits = logits / s.temperature
+    p = filtered(logits, s, c.mask_id).float().softmax(-1)             # (N, V)
+    allowed = p.clone()
+    if s.temperature > 0:
+        allowed = p.log() + streams.gumbel(eligible, p.shape[1], p.dtype)
+    allowed[:, c.mask_id] = float("-inf")
+    tokens = allowed.argmax(-1)                                        # (N,)
+    if s.remasking == "topk_margin":
+        first, second = p.topk(2).values.unbind(-1)
+        return tokens, first - second
+    if s.remasking == "entropy":
         return tokens, (p * torch.log(p + 1e-10)).sum(-1)
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
-@torch.no_grad()
-def generate(backbone: Backbone, prompt_ids: Tensor, *, gen_length: int, steps: int,
-             block_length: int | None = None, remasking: str = "low_confidence",
-             temperature: float = 0.0, cfg_scale: float = 0.0, threshold: float | None = None,
-             top_p: float | None = None, top_k: int | None = None, alg_temp: float = 0.0,
-             logits_eos_inf: bool = False, confidence_eos_eot_inf: bool = False,
-             attention_mask: Tensor | None = None, memory: MetaState | None = None,
-             carry: str = "keep", reset_at_block: bool = False, seeds: Sequence[int] | None = None,
-             confidence_dtype: torch.dtype = torch.float32, on_step: Callable | None = None
-             ) -> Tensor:
-    """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
 
-    steps are shared out evenly over blocks of block_length (default: one block). attention_mask
-    (B, P): 0 at left padding. remasking: low_confidence and random on LLaDA's schedule; origin,
-    maskgit_plus, topk_margin and entropy on Dream's. threshold: reveal all that is surer, at least
-    one, in as many steps as that takes. carry: see carry_over; memory.config.n_updates says how
-    often the memory is updated. seeds (B,): a random stream for each row; no row depends on the
-    others, on padding or on the batch. confidence_dtype: bfloat16 ties as the originals do.
-    on_step(canvas, revealed, confidence, trace) sees every step.
-    """
-    c, device, (B, P) = backbone.config, prompt_ids.device, prompt_ids.shape
-    block_length = block_length or gen_length
-    n_blocks = gen_length // block_length if gen_length else 1
-    ensure(steps > 0 and steps % n_blocks == 0 and n_blocks * block_length == gen_length,
-           f"gen_length {gen_length}, block_length {block_length} and steps {steps} do not divide: "
-           "blocks must fill gen_length and share out steps evenly")
-    ensure(remasking in LLADA_REMASKING + DREAM_REMASKING, f"remasking {remasking!r} is unknown; "
-           f"take one of {', '.join(LLADA_REMASKING + DREAM_REMASKING)}")
-    ensure(threshold is None or remasking in ("low_confidence", "maskgit_plus"),
-           f"threshold needs probabilities, which remasking {remasking!r} does not give")
-    steps //= n_blocks
-    canvas = F.pad(prompt_ids, (0, gen_length), value=c.mask_id)
-    mask = None if attention_mask is None else F.pad(attention_mask, (0, gen_length), value=1)
-    maskable, column = canvas == c.mask_id, torch.arange(P + gen_length, device=device)
-    twice = (lambda x: x if x is None else torch.cat((x, x))) if cfg_scale > 0 else (lambda x: x)
-    total = twice(maskable.sum(1).clamp(min=1))
-    seeds = range(B) if seeds is None else seeds
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    ends = [i for i in (c.eos_id, c.eot_id) if confidence_eos_eot_inf and i in range(c.vocab_size)]
+def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
+    """Logits (N, V) with all but the tokens of top_p and top_k at the lowest number. The likeliest
+    token that is no mask always stays, so that there is one to write."""
+    lowest = torch.finfo(logits.dtype).min
+    found = logits
+    if s.top_p is not None and s.top_p < 1:
+        ordered, index = found.sort(descending=True)
+        beyond = ordered.softmax(-1).cumsum(-1) > s.top_p              # (N, V)
+        beyond = F.pad(beyond, (1, -1))            # the first one beyond top_p stays
+        beyond = torch.zeros_like(beyond).scatter(1, index, beyond)
+        found = found.masked_fill(beyond, lowest)
+    if s.top_k is not None:
+        k = min(s.top_k, found.shape[1])
+        least = found.topk(k).values[:, -1:]                           # (N, 1)
+        found = found.masked_fill(found < least, lowest)
+    no_mask = logits.clone()
+    no_mask[:, mask_id] = float("-inf")
+    best = no_mask.argmax(-1, keepdim=True)                            # (N, 1)
+    return found.scatter(1, best, logits.gather(1, best))
+
+
+# Five ways to select what is revealed: bool (B, T), among the eligible positions.
+
+def selection_rule(s: Sampling) -> Callable[..., Tensor]:
+    if s.threshold is not None:
+        return select_above_threshold
+    rules = {"low_confidence": select_quota, "random": select_random_quota,
+             "origin": select_by_chance}
+    return rules.get(s.remasking, select_share)
+
+
+def quota(n_begin: Tensor, step: int, s: Sampling) -> Tensor:
+    """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
+    steps = s.steps // s.n_blocks
+    return n_begin // steps + (step < n_begin % steps).long()
+
+
+def share(step: int, s: Sampling) -> Tensor:
+    """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
+    steps = s.steps // s.n_blocks
     timesteps = torch.linspace(1, 1e-3, steps + 1)
-    shares = 1 - timesteps[1:] / timesteps[:-1]        # Dream's: of what is masked at each step
+    is_last = step == steps - 1
+    return torch.tensor(1.0) if is_last else 1 - timesteps[step + 1] / timesteps[step]
 
-    def uniform(width: int, dtype: torch.dtype) -> Tensor:               # (N, width), not 0
-        draws = [torch.rand(n, width, dtype=dtype, device=device, generator=generator)
-                 for generator, n in zip(generators, eligible.sum(1).tolist())]
-        return torch.cat(draws).clamp(min=torch.finfo(dtype).tiny)
 
-    for block in range(n_blocks):
-        allowed = maskable & (column < P + (block + 1) * block_length)
-        begin = (allowed & (canvas == c.mask_id)).sum(1)
-        if memory and (block == 0 or reset_at_block):
-            slots, part = memory.initial(len(total)), -1
-        for step in count():
-            eligible, last = allowed & (canvas == c.mask_id), step == steps - 1        # (B, T)
-            if not eligible.any() or step == steps and threshold is None:
-                break
-            # 1. one pass; with guidance a second copy of the batch sees no prompt
-            seen, rows, trace = canvas, twice(eligible), []
-            if cfg_scale > 0:
-                seen = torch.cat((canvas, canvas.masked_fill(~maskable, c.mask_id)))
-            if memory is None:
-                logits = backbone(seen, twice(mask), rows)                             # (N, V)
-            else:
-                h, new = memory.step(backbone, seen, slots, maskable=twice(maskable), rows=rows,
-                                     attention_mask=twice(mask), trace=trace)
-                if (n := memory.config.n_updates) is not None:     # when another n-th is revealed
-                    old, part = part, twice((maskable & (canvas != c.mask_id)).sum(1)) * n // total
-                    due = (part > old)[:, None]
-                    new, trace[0]["slot_change"] = (
-                        torch.where(due[..., None], new, slots), trace[0]["slot_change"] * due)
-                logits, slots = backbone.head(h), carry_over(carry, memory, new)
-            if cfg_scale > 0:
-                given, free = logits.chunk(2)
-                logits = free + (cfg_scale + 1) * (given - free)
-            if logits_eos_inf:
-                logits[:, c.eos_id] = float("-inf")
-            # 2. a token for every eligible position, and how sure it is
-            if remasking in LLADA_REMASKING:
-                tokens, sure = llada_tokens(logits, uniform, temperature, ends, c.mask_id,
-                                            confidence_dtype)
-            else:
-                tokens, sure = dream_tokens(logits, uniform, temperature, remasking, c.mask_id,
-                                            top_p, top_k, confidence_dtype)
-            if remasking in ("random", "origin"):
-                sure = uniform(1, torch.float32)[:, 0]
-            elif alg_temp > 0:                         # Gumbel-top-k: draws without replacement
-                sure = sure / alg_temp + gumbel(uniform(1, sure.dtype)[:, 0])
-            confidence = torch.zeros_like(canvas, dtype=sure.dtype).masked_scatter(eligible, sure)
-            # 3. which of them to reveal
-            left, share = eligible.sum(1), shares[min(step, steps - 1)]
-            if threshold is not None:
-                revealed = eligible & (confidence >= threshold)
-                revealed |= choose(confidence, eligible, left.clamp(max=1))
-            elif remasking in LLADA_REMASKING:
-                revealed = choose(confidence, eligible, begin // steps + (step < begin % steps))
-            elif remasking == "origin":
-                revealed = eligible & ((confidence < share) | last)
-            else:
-                revealed = choose(confidence, eligible, left if last else (left * share).int())
-            # 4. write them; what is written stays
-            canvas = torch.where(revealed, canvas.masked_scatter(eligible, tokens), canvas)
-            if on_step:
-                on_step(canvas, revealed, confidence, trace)
-    return canvas
+def select_quota(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
+                 streams: RandomStreams) -> Tensor:
+    """LLaDA: the surest ones, as many as the step's quota says."""
+    return best_positions(confidence, eligible, quota(n_begin, step, s))
+
+
+def select_random_quota(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int,
+                        s: Sampling, streams: RandomStreams) -> Tensor:
+    """LLaDA's other order: as many as the quota says, anywhere."""
+    draws = streams.uniform(eligible, 1, torch.float32)[:, 0]          # (N,)
+    score = torch.zeros_like(confidence).masked_scatter(eligible, draws)
+    return best_positions(score, eligible, quota(n_begin, step, s))
+
+
+def select_share(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
+                 streams: RandomStreams) -> Tensor:
+    """Dream: the surest ones, a share of what is masked; alg_temp draws them without replacement,
+    the surer the likelier (Gumbel-top-k)."""
+    if s.alg_temp > 0:
+        noise = streams.gumbel(eligible, 1, torch.float32)[:, 0]       # (N,)
+        noise = torch.zeros_like(confidence).masked_scatter(eligible, noise)
+        confidence = confidence / s.alg_temp + noise
+    n = (eligible.sum(1) * share(step, s)).int()                       # (B,)
+    return best_positions(confidence, eligible, n)
+
+
+def select_by_chance(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
+                     streams: RandomStreams) -> Tensor:
+    """Dream's origin: each one with the probability that is the step's share."""
+    draws = streams.uniform(eligible, 1, torch.float32)[:, 0]          # (N,)
+    draws = torch.ones_like(confidence).masked_scatter(eligible, draws)
+    return eligible & (draws < share(step, s))
+
+
+def select_above_threshold(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int,
+                           s: Sampling, streams: RandomStreams) -> Tensor:
+    """Fast-dLLM: all that the model is surer of than the threshold, at least the surest one."""
+    surest = best_positions(confidence, eligible, eligible.sum(1).clamp(max=1))
+    return eligible & (confidence >= s.threshold) | surest

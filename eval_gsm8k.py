@@ -1,135 +1,159 @@
 """Score GSM8K-style problems: python eval_gsm8k.py [--init llada] [--data test.jsonl]
 
-Without arguments: the newest checkpoint on the built-in problems. Every answer is appended to a
-JSONL file, which another run continues from; --compare A B pairs two such files. Prompts and
-answer rules are those of lm-evaluation-harness (tasks gsm8k and gsm8k_cot).
+Without arguments: the newest run, or the tiny model of this repository, on the built-in problems.
+Every answer is appended to a JSONL file, which another run goes on with; --compare A B pairs two
+such files. Prompts and answer rules are those of lm-evaluation-harness (gsm8k and gsm8k_cot).
 """
+import signal
+import sys
+
+if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
+import hashlib
 import json
+import math
+import os
 import re
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import generate
-from metastate import MetaState, model_arguments, open_models
-from model import (Backbone, Tokenizer, blame, cache_folder, download, ensure, run_program,
-                   start_device, write_atomically)
+from diffusion import CARRY, Pass, generate
+from metastate import MetaState
+from model import (Backbone, Tokenizer, blame, cache_folder, check_output, download, ensure,
+                   write_atomically)
+from sample import (COUNT, add_model_options, add_sampling_options, choose_models, open_models,
+                    run_program, sampling_settings, start_device)
 
-# The built-in problems: a dial shows a digit, and each button has a rule that takes every digit to
-# another. The rules are fixed random permutations, so that nothing shortens the chain of look-ups.
+# ------------------------------------------------------------------------ THE BUILT-IN PROBLEMS
+# A dial shows a digit, and each button has a rule that takes every digit to another. The rules are
+# fixed random permutations, so that nothing shortens the chain of look-ups.
+
 BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
 SPLITS = {"test": (0, 1000), "valid": (1000, 2000), "train": (2000, 10 * len(BUTTONS) ** PRESSES)}
+SPLIT_ORDER = 13                       # seed of the order that the splits cut up
+# Every word of a problem is one token.
+WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
+         "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
+
+
+def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
+    """{question, answer} for a digit and the numbers of the buttons pressed."""
+    names = ", then press ".join(BUTTONS[i] for i in pressed)
+    question = f"The dial shows {digit}. Press {names}."
+    hops = []
+    for i in pressed:
+        digit = RULES[i][digit]
+        hops.append(f" {BUTTONS[i]} gives {digit}")
+    return {"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"}
+
 
 def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
-    """The first n problems of a split, {question, answer}. All that exist stand in one fixed random
-    order which the splits cut up: no question is in two of them."""
-    order, problems = np.random.default_rng(13).permutation(SPLITS["train"][1]), []
-    for number in order[slice(*SPLITS[split])][:n].tolist():
+    """The first n problems of a split. All that exist stand in one fixed random order which the
+    splits cut up: no question is in two of them."""
+    order = np.random.default_rng(SPLIT_ORDER).permutation(SPLITS["train"][1])
+    start, stop = SPLITS[split]
+    problems = []
+    for number in order[start:stop][:n].tolist():
         number, digit = divmod(number, 10)
-        pressed = [number // len(BUTTONS) ** i % len(BUTTONS) for i in range(PRESSES)]
-        names = ", then press ".join(BUTTONS[i] for i in pressed)
-        question, hops = f"The dial shows {digit}. Press {names}.", []
-        for i in pressed:
-            digit = RULES[i][digit]
-            hops.append(f" {BUTTONS[i]} gives {digit}")
-        problems.append({"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"})
+        pressed = []
+        for _ in range(PRESSES):
+            number, button = divmod(number, len(BUTTONS))
+            pressed.append(button)
+        problems.append(dial_problem(digit, pressed))
     return problems
+
+
+# ------------------------------------------------------------------------- PROMPTS AND ANSWERS
 
 @dataclass(frozen=True)
 class Protocol:
     """How a problem is put, denoised and scored; settings go to diffusion.generate."""
-    question: str                          # the text of one question
-    rule: str                              # see extract
-    stops: tuple[str, ...]                 # the answer ends at the first of these
-    shots: int = 0                         # solved examples before it, from the train file
-    chat: bool = False                     # all of it as one user turn of the chat template
-    start: str = ""                        # control token before the text
+    question: str                      # the text of one question
+    rule: str                          # see extract
+    stops: tuple[str, ...]             # the answer ends at the first of these
+    shots: int = 0                     # solved examples before it, from the train file
+    chat: bool = False                 # all of it as one user turn of the chat template
+    start: str = ""                    # control token before the text
     settings: dict = field(default_factory=dict)
 
-PLAIN, COT, LONG = "Question: {}\nAnswer:", "Q: {}\nA:", dict(gen_length=256, steps=256)
-STOPS, END = ("</s>", "<|im_end|>"), "<|endoftext|>"
+
+PLAIN = "Question: {}\nAnswer:"
+COT = "Q: {}\nA:"
+STOPS = ("</s>", "<|im_end|>")
+END = "<|endoftext|>"
 PROTOCOLS = {
     "dial": Protocol("{}", "strict", (END,), chat=True, settings=dict(gen_length=20, steps=5)),
     # lm-eval gsm8k, 5-shot: LLaDA-Base
-    "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, settings=LONG),
+    "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+                      settings=dict(gen_length=256)),
     # lm-eval gsm8k_cot, 8-shot: Dream-Base (there with eight fixed examples of its own)
     "gsm8k-cot": Protocol(COT, "cot_strict", ("Q:", *STOPS, END), shots=8, start="<|beginoftext|>",
-                          settings=dict(LONG, remasking="entropy", top_p=0.95)),
+                          settings=dict(gen_length=256, remasking="entropy", top_p=0.95)),
     # gsm8k_cot, zero-shot, chat template: Dream-Instruct
-    "chat": Protocol(COT, "flexible", ("Q:", *STOPS, END), chat=True, settings=dict(
-        LONG, remasking="entropy", temperature=0.1, top_p=0.9)),
+    "chat": Protocol(COT, "flexible", ("Q:", *STOPS, END), chat=True,
+                     settings=dict(gen_length=256, remasking="entropy", temperature=0.1,
+                                   top_p=0.9)),
     # lm-eval gsm8k, 5-shot in one user turn, as Fast-dLLM runs it: LLaDA-Instruct and 1.5
     "chat-few-shot": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, chat=True,
-                              settings=dict(LONG, block_length=32)),
+                              settings=dict(gen_length=256, block_length=32)),
 }
 DEFAULT_PROTOCOL = {"tiny": "dial", "llada-base": "gsm8k", "llada": "chat-few-shot",
                     "llada-1.5": "chat-few-shot", "dream-base": "gsm8k-cot", "dream": "chat"}
-ANSWER_RULES = {                           # pattern, which match
-    "strict": (r"#### (\-?[0-9\.\,]+)", 0),
-    "cot_strict": (r"The answer is (\-?[0-9\.\,]+).", 0),
-    "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
-    "numeric": (r"-?\$?\d[\d,]*(?:\.\d+)?", -1),
+
+
+class Rule(NamedTuple):
+    pattern: str
+    which: int                         # of all matches
+
+
+RULES_OF_ANSWERS = {
+    "strict": Rule(r"#### (\-?[0-9\.\,]+)", 0),
+    "cot_strict": Rule(r"The answer is (\-?[0-9\.\,]+).", 0),
+    "flexible": Rule(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+    "numeric": Rule(r"(-?\$?\d[\d,]*(?:\.\d+)?)", -1),
 }
+
 
 def extract(text: str, rule: str) -> str:
     """The answer in a text, or "[invalid]". strict, cot_strict and flexible as lm-eval's filters
     strict-match (gsm8k, gsm8k_cot) and flexible-extract compute them; numeric: the last number."""
-    pattern, which = ANSWER_RULES[rule]
-    found = re.findall(pattern, text)
-    if not found:
+    pattern, which = RULES_OF_ANSWERS[rule]
+    matches = list(re.finditer(pattern, text))
+    if not matches:
         return "[invalid]"
-    return found[which] if isinstance(found[which], str) else next(filter(None, found[which]))
+    groups = matches[which].groups()
+    return next(group for group in groups if group)
+
+
+def normalised(text: str) -> str:
+    """lm-eval's deletions: commas, dollar signs, all up to "#### ", a final full stop."""
+    text = re.sub(r"[,$]", "", text)
+    text = re.sub(r"(?s).*#### ", "", text)
+    return re.sub(r"\.$", "", text).lower()
+
 
 def is_correct(answer: str, gold: str, rule: str) -> bool:
     """Whether an extracted answer is that of the data set's full answer: as strings after lm-eval's
     deletions, or by the rule numeric as numbers, so that 18, 18.00, $18 and 18. are the same."""
-    a, b = (re.sub(r"\.$", "", re.sub(r"(?s).*#### ", "", re.sub(r"[,$]", "", text))).lower()
-            for text in (answer, gold))
+    answer, gold = normalised(answer), normalised(gold)
+    if rule != "numeric":
+        return answer == gold
     try:
-        return a == b if rule != "numeric" else float(a) == float(b)
+        return float(answer) == float(gold)
     except ValueError:
         return False
 
-GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/"
-         "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/")
-SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-          "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"}
-
-def gsm8k_file(name: str) -> Path:
-    """GSM8K's own file, fetched once."""
-    path = cache_folder() / "gsm8k" / name
-    if not path.exists():
-        download(GSM8K + name, path, sha256=SHA256[name])
-    return path
-
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON-lines file; a bad one is named."""
-    found = []
-    with blame(path, "give a file of JSON lines in UTF-8"):
-        lines = path.read_text("utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with blame(f"{path} line {number}", "mend or remove it"):
-                found.append((number, json.loads(line)))
-            ensure(isinstance(found[-1][1], dict), f"{path} line {number} holds no JSON object")
-    ensure(found, f"{path} is empty; give a file with one JSON object a line")
-    return found
-
-def read_problems(path: Path) -> list[dict[str, str]]:
-    """GSM8K's form: question and answer, both text, on every line."""
-    for number, p in (problems := read_jsonl(path)):
-        ensure(isinstance(p.get("question"), str) and isinstance(p.get("answer"), str),
-               f"{path} line {number} lacks the text question or answer; mend or remove it")
-    return [p for _, p in problems]
 
 def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list) -> list[int]:
     """Token ids of a problem under a protocol, the solved examples before it."""
@@ -139,134 +163,405 @@ def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: l
         if protocol.question == COT:
             answer = re.sub("<<.*?>>", "", answer).replace("\n#### ", "\nThe answer is ") + "."
         parts.append(protocol.question.format(shot["question"]) + " " + answer)
-    text = "\n\n".join(parts + [protocol.question.format(problem["question"])])
+    parts.append(protocol.question.format(problem["question"]))
+    text = "\n\n".join(parts)
     if protocol.chat:
         return tokenizer.chat([{"role": "user", "content": text}])
     return tokenizer.encode(protocol.start) + tokenizer.encode(text, special=False)
 
+
+def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device
+                ) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one batch (B, P), and its attention mask (B, P) where any of them is padded."""
+    P = max(map(len, prompts))
+    ids = [[pad_id] * (P - len(p)) + p for p in prompts]
+    mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
+    attention_mask = torch.tensor(mask, device=device)
+    return torch.tensor(ids, device=device), None if attention_mask.all() else attention_mask
+
+
+# ---------------------------------------------------------------------------------- DATA FILES
+
+GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/"
+         "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/")
+SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+          "train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"}
+
+
+def gsm8k_file(name: str) -> Path:
+    """GSM8K's own file, fetched once."""
+    path = cache_folder() / "gsm8k" / name
+    if not path.exists():
+        download(GSM8K + name, path, sha256=SHA256[name])
+    return path
+
+
+def read_jsonl(path: Path) -> list[tuple[int, dict]]:
+    """(line number, object) for every line of a JSON-lines file; a bad one is named."""
+    with blame(path, "give a file of JSON lines in UTF-8"):
+        lines = path.read_text("utf-8-sig").split("\n")        # some editors begin with a BOM
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with blame(f"{path} line {number}", "give one JSON object on every line, no array"):
+                value = json.loads(line)
+            ensure(isinstance(value, dict), f"{path} line {number} holds no JSON object; give one "
+                   "on every line, without an array around them")
+            found.append((number, value))
+    ensure(found, f"{path} is empty; give a file with one JSON object a line")
+    return found
+
+
+def read_problems(path: Path) -> list[dict[str, str]]:
+    """GSM8K's form: question and answer, both text, on every line."""
+    problems = []
+    for number, problem in read_jsonl(path):
+        texts = [problem.get("question"), problem.get("answer")]
+        ensure(all(isinstance(text, str) for text in texts),
+               f"{path} line {number} lacks the text question or answer; mend or remove it")
+        problems.append(problem)
+    return problems
+
+
+# -------------------------------------------------------------------------------------- SCORES
+
+class Watch:
+    """Counts the passes of every row, and keeps what would be written at once after some of them."""
+
+    def __init__(self, look_at: tuple[int, ...]):
+        self.look_at = look_at
+        self.n = 0
+        self.n_by_row = 0                              # then (B,): a row that is done waits
+        self.looks: dict[int, Tensor] = {}             # after pass n: (B, T)
+
+    def on_step(self, canvas: Tensor, found: Pass) -> None:
+        self.n += 1
+        self.n_by_row = self.n_by_row + found.eligible.any(1).long()
+        if self.n in self.look_at:
+            self.looks[self.n] = torch.where(found.eligible, found.guess, canvas)
+
+
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
-             todo: list[int] | None = None, shots: list[dict] = (), memory: MetaState | None = None,
-             carry: str = "keep", batch_size: int = 32, seed: int = 0, **given) -> Iterator[dict]:
-    """Answer problems[i] for i in todo (default: all), yielding {index, text, answer, correct};
-    given overrides its settings. No answer depends on its batch, but for carry="shuffle"."""
-    device, pad = backbone.embedding.weight.device, backbone.config.pad_id
-    todo = range(len(problems)) if todo is None else todo
-    for first in range(0, len(todo), batch_size):
-        batch = todo[first:first + batch_size]
+             settings: dict, todo: list[int] | None = None, shots: list[dict] = (),
+             memory: MetaState | None = None, carry: str = "keep", batch_size: int = 32,
+             seed: int = 0, look_at: tuple[int, ...] = ()) -> Iterator[dict]:
+    """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
+    correct, passes}. settings: of Sampling. No answer depends on its batch, but for shuffle. With
+    look_at instead what would be written at once after each of these numbers of passes."""
+    todo = list(range(len(problems))) if todo is None else todo
+    n_batches = math.ceil(len(todo) / batch_size)
+    for batch in np.array_split(todo, n_batches) if todo else []:      # of equal size, none alone
         prompts = [prompt_ids(tokenizer, protocol, problems[i], shots) for i in batch]
-        P = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (P - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (P - len(p)) + [1] * len(p) for p in prompts], device=device)
-        out = generate(backbone, ids, attention_mask=None if mask.all() else mask, memory=memory,
-                       carry=carry, seeds=[seed + i for i in batch], **(protocol.settings | given))
-        for i, row in zip(batch, out[:, P:].tolist()):
-            text = tokenizer.decode(row)
-            for stop in protocol.stops:
-                text = text.split(stop)[0]
-            text = tokenizer.decode(tokenizer.encode(text), skip_special=True)
-            answer = extract(text, protocol.rule)
-            yield {"index": i, "text": text, "answer": answer,
-                   "correct": is_correct(answer, problems[i]["answer"], protocol.rule)}
+        ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
+                                          backbone.embedding.weight.device)
+        watch = Watch(look_at)
+        canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
+                          seeds=[seed + int(i) for i in batch], on_step=watch.on_step, **settings)
+        found = [(canvas, watch.n_by_row)]
+        if look_at:
+            found = [(look, torch.full(batch.shape, n)) for n, look in watch.looks.items()]
+        for canvas, passes in found:
+            answers = canvas[:, ids.shape[1]:].tolist()
+            for i, answer_ids, n_passes in zip(batch.tolist(), answers, passes.tolist()):
+                text = answer_text(tokenizer, answer_ids, protocol.stops)
+                answer = extract(text, protocol.rule)
+                yield {"index": i, "problem": digest(problems[i]), "text": text, "answer": answer,
+                       "correct": is_correct(answer, problems[i]["answer"], protocol.rule),
+                       "passes": n_passes}
+
+
+def answer_text(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
+    """The text of an answer up to the first stop, without control tokens."""
+    text = tokenizer.decode(ids)
+    for stop in stops:
+        text = text.split(stop)[0]
+    return tokenizer.decode(tokenizer.encode(text), skip_special=True)
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
 
 def wilson(right: int, n: int) -> tuple[float, float]:
     """95 % Wilson interval of a proportion."""
     p, z = right / n, 1.96
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return (middle - half) / scale, (middle + half) / scale
+
 
 def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
-    """Mean of b - a on the same problems, and its 95 % bootstrap interval (10,000 resamples)."""
+    """Mean of b - a on the same problems, and its 95 % bootstrap interval (10,000 resamples). It
+    covers the choice of problems, not that of seeds."""
     difference = np.asarray(b, float) - np.asarray(a, float)
     values, counts = np.unique(difference, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), 10_000)
-    return (difference.mean(), *np.quantile(draws @ values / counts.sum(), (0.025, 0.975)))
+    n = len(difference)
+    resampled = np.random.default_rng(0).multinomial(n, counts / n, 10_000)
+    low, high = np.quantile(resampled @ values / n, (0.025, 0.975))
+    return difference.mean(), low, high
+
+
+# --------------------------------------------------------------------------- THE TWO TABLES
+# Both are printed by train.py. Thinking: the whole answer is written at once after N passes, in
+# which nothing is revealed. Schedules: how tokens are revealed, pass by pass.
+
+THINKING_PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 20)
+QUOTA_STEPS = (20, 10, 8, 5, 4)
+BLOCK_LENGTHS = (10, 5, 4, 2)
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+class Contestant(NamedTuple):
+    """A row of a table: whose memory, if any, and what becomes of it between two passes."""
+    memory: MetaState | None
+    carry: str
+
+
+def contestants(memory: MetaState, memoryless: MetaState) -> dict[str, Contestant]:
+    return {
+        "frozen": Contestant(None, "keep"),
+        "memory reset": Contestant(memory, "reset"),
+        "memory shuffled": Contestant(memory, "shuffle"),
+        "memoryless-trained": Contestant(memoryless, "reset"),
+        "MetaState": Contestant(memory, "keep"),
+    }
+
+
+@dataclass
+class Bench:
+    """The models and problems that a table is about."""
+    backbone: Backbone
+    tokenizer: Tokenizer
+    problems: list[dict]
+    gen_length: int
+
+    def score(self, who: Contestant, look_at: tuple[int, ...] = (), **settings) -> list[dict]:
+        """The rows of evaluate, and in each whether the whole answer is right to the letter."""
+        rows = list(evaluate(
+            self.backbone, self.tokenizer, self.problems, PROTOCOLS["dial"], memory=who.memory,
+            carry=who.carry, batch_size=250, look_at=look_at,
+            settings={"gen_length": self.gen_length, **settings}))
+        for row in rows:
+            row["whole"] = row["text"] == self.problems[row["index"]]["answer"]
+        return rows
+
+
+def percent(values: list[bool]) -> str:
+    return f"{100 * np.mean(values):.1f}"
+
+
+def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
+    """A table for people, which is also Markdown."""
+    lines = [title, "", "| " + " | ".join([f"{'':18}", *(f"{cell:>5}" for cell in header)]) + " |",
+             "|---" * (len(header) + 1) + "|"]
+    for name, cells in rows.items():
+        lines.append("| " + " | ".join([f"{name:18}", *(f"{cell:>5}" for cell in cells)]) + " |")
+    text = "\n".join([*lines, ""])
+    print(text)
+    return text
+
+
+def thinking_table(bench: Bench, everyone: dict[str, Contestant]) -> tuple[str, dict]:
+    """How many whole answers are right if they are written at once, after N passes over an answer
+    of nothing but masks. Without a memory no pass can differ from the first: its input does not."""
+    found = {}
+    for name, who in tqdm(everyone.items(), desc="thinking", leave=False, disable=None):
+        rows = bench.score(who, look_at=THINKING_PASSES, think=max(THINKING_PASSES) - 1, steps=1)
+        found[name] = {}
+        for n in THINKING_PASSES:
+            after_n = [row for row in rows if row["passes"] == n]
+            found[name][n] = {"whole": [row["whole"] for row in after_n],
+                              "result": [row["correct"] for row in after_n]}
+    text = ""
+    for key, title in (("whole", "Whole answers right (%)"), ("result", "Final results right (%)")):
+        cells = {name: [percent(found[name][n][key]) for n in THINKING_PASSES] for name in found}
+        text += print_table(f"{title}, written at once after N passes without a word, "
+                            f"{len(bench.problems)} problems", list(map(str, THINKING_PASSES)),
+                            cells) + "\n"
+    return text, found
+
+
+def cheapest(scores: dict[str, list[dict]]) -> str:
+    """The schedule with fewest passes among those within a point of the best accuracy."""
+    accuracy = {name: np.mean([row["correct"] for row in rows]) for name, rows in scores.items()}
+    good = [name for name in scores if accuracy[name] >= max(accuracy.values()) - 0.01]
+    return min(good, key=lambda name: np.mean([row["passes"] for row in scores[name]]))
+
+
+def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
+                   ) -> tuple[str, dict]:
+    """Accuracy and mean passes under every kind of schedule, for the frozen backbone and MetaState.
+    Block length and threshold are chosen for each on the problems of valid."""
+    length = bench.gen_length
+    quotas = {f"quota, {n} steps": dict(steps=n) for n in QUOTA_STEPS}
+    blocks = {f"blocks of {n}": dict(block_length=n, steps=length // n) for n in BLOCK_LENGTHS}
+    thresholds = {f"threshold {x}": dict(threshold=x, steps=1) for x in THRESHOLDS}
+    schedules = quotas | blocks | thresholds
+    table, found = {}, {}
+    for name in ("frozen", "MetaState"):
+        who = everyone[name]
+        bar = tqdm({**blocks, **thresholds}.items(), f"schedules, {name}", leave=False,
+                   disable=None)
+        tried = {label: valid.score(who, **settings) for label, settings in bar}
+        chosen = [cheapest({label: tried[label] for label in kind})
+                  for kind in (blocks, thresholds)]
+        found[name] = {label: bench.score(who, **schedules[label]) for label in [*quotas, *chosen]}
+        for label, rows in found[name].items():
+            passes = np.mean([row["passes"] for row in rows])
+            table[f"{name}, {label}"] = [percent([row["correct"] for row in rows]), f"{passes:.2f}"]
+    text = print_table(f"Final results right (%) and passes, {len(bench.problems)} problems; block "
+                       "length and threshold chosen on others", ["right", "passes"], table)
+    saved = {name: {label: {key: [row[key] for row in rows] for key in ("correct", "passes")}
+                    for label, rows in by_label.items()} for name, by_label in found.items()}
+    return text, saved
+
+
+# --------------------------------------------------------------------------------- RESULT FILES
 
 def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
-    """The setting that a results file was made with, and its results by problem. Lines that a kill
-    cut short are passed over; their problems are answered again."""
-    rows = []
+    """The setting that a results file was made with, and its rows by problem. A line that a kill
+    cut short is passed over; its problem is answered again. Raises InputError for an edited file."""
     with blame(path, "give a file of results that eval_gsm8k.py wrote"):
-        for line in path.read_bytes().split(b"\n"):
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows[0]["setting"], {row["index"]: row for row in rows[1:]}
+        lines = path.read_bytes().split(b"\n")
+        setting = json.loads(lines[0])["setting"]
+        n_problems = setting["problems"]
+    rows = {}
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        with blame(f"{path} line {number}", "remove that line, its problem is answered again"):
+            index, correct = row["index"], row["correct"]
+            if type(index) is not int or not 0 <= index < n_problems:
+                raise ValueError(f"index {index!r} is none of its {n_problems} problems")
+            if type(correct) is not bool or type(row["passes"]) is not int:
+                raise ValueError("correct is no boolean, or passes no number")
+            rows[index] = row
+    return setting, rows
+
 
 def compare(a: Path, b: Path) -> None:
     """Print the paired difference of two results files on the problems that both have."""
     (_, first), (_, second) = read_results(a), read_results(b)
-    both = first.keys() & second.keys()
-    ensure(both, f"{a} and {b} have no problem in common; compare runs on the same data")
-    x, y = ([rows[i]["correct"] for i in both] for rows in (first, second))
-    difference, low, high = (100 * value for value in paired_interval(x, y))
-    print(f"{len(both)} problems: {np.mean(x):.1%} -> {np.mean(y):.1%}, {difference:+.1f} points "
-          f"[{low:+.1f}, {high:+.1f}] (95 %, paired)")
+    both = sorted(first.keys() & second.keys())
+    same = [i for i in both if first[i].get("problem") == second[i].get("problem")]
+    ensure(both and same == both, f"{a} and {b} have no problem in common, or different ones under "
+           "one number; compare runs on the same data")
+    before = [first[i]["correct"] for i in both]
+    after = [second[i]["correct"] for i in both]
+    difference, low, high = (100 * value for value in paired_interval(before, after))
+    print(f"{len(both)} problems: {np.mean(before):.1%} -> {np.mean(after):.1%}, {difference:+.1f} "
+          f"points (95 % of problems, paired: {low:+.1f} to {high:+.1f})")
 
-SAMPLING = {"steps": int, "gen_length": int, "block_length": int, "temperature": float,
-            "threshold": float, "remasking": str}
 
-def run(args: argparse.Namespace) -> None:
-    """Answer what is not answered yet, every process its share, and print the score."""
-    device, rank, world = start_device(args.device)
-    backbone, tokenizer, memory, names = open_models(args, device)
-    kind = backbone.config.kind
-    name = args.protocol or DEFAULT_PROTOCOL.get(names["init"], DEFAULT_PROTOCOL[kind])
-    protocol = PROTOCOLS[name] if args.rule is None else replace(PROTOCOLS[name], rule=args.rule)
-    problems = (dial_problems("test") if args.data is None and kind == "tiny"
-                else read_problems(args.data or gsm8k_file("test.jsonl")))[:args.limit]
-    shots = []
-    if protocol.shots:
-        near = args.data and args.data.with_name("train.jsonl")
-        shots = read_problems(near if near and near.exists() else gsm8k_file("train.jsonl"))
-    given = {key: getattr(args, key) for key in SAMPLING if getattr(args, key) is not None}
-    setting = {**names, "data": str(args.data), "problems": len(problems), "protocol": name,
-               "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
-               **protocol.settings, **given}
-    out, done = args.out or Path("out/eval") / f"{Path(names['init']).name}-{name}.jsonl", {}
-    if out.exists():
-        found, done = read_results(out)
-        for key in setting:
-            ensure(found.get(key) == setting[key], f"{out} was made with {key} = "
-                   f"{found.get(key)!r}, not {setting[key]!r}; give another --out")
-    elif rank == 0:
-        write_atomically(out, lambda file: file.write(json.dumps({"setting": setting}).encode()))
-    todo, begin = [i for i in range(len(problems)) if i not in done][rank::world], time.time()
-    if world > 1:
-        torch.distributed.barrier()                    # all have read before anyone writes
-    with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
-        file.write(b"\n")                              # ends a line that a kill cut short
-        answers = evaluate(backbone, tokenizer, problems, protocol, todo=todo, memory=memory,
-                           shots=shots[:protocol.shots], carry=args.carry, seed=args.seed,
-                           batch_size=args.batch_size, **given)
-        for row in tqdm(answers, total=len(todo), disable=rank > 0):
-            file.write(json.dumps(row).encode() + b"\n")
-    if world > 1:
-        torch.distributed.barrier()
-    if rank == 0:
-        right, n = sum(row["correct"] for row in read_results(out)[1].values()), len(problems)
-        low, high = wilson(right, n)
-        print(f"{json.dumps(setting)}\n{right} of {n} correct: {right / n:.1%} "
-              f"[{low:.1%}, {high:.1%}] in {time.time() - begin:.0f} s -> {out}")
+def open_results(path: Path, setting: dict, is_first_process: bool) -> dict[int, dict]:
+    """The rows that are there already; a new file begins with its setting."""
+    if not path.exists():
+        if is_first_process:
+            with write_atomically(path) as file:
+                file.write(json.dumps({"setting": setting}).encode() + b"\n")
+        return {}
+    found, rows = read_results(path)
+    for key in setting:
+        ensure(found.get(key) == setting[key], f"{path} was made with {key} = {found.get(key)!r}, "
+               f"not {setting[key]!r}; give another --out")
+    return rows
 
-def main() -> None:
+
+# ----------------------------------------------------------------------------------- THE PROGRAM
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model_arguments(parser)
+    add_model_options(parser)
     add = parser.add_argument_group("problems and scoring").add_argument
     add("--data", type=Path, help="JSON lines of question and answer (default: the built-in "
         "problems for tiny, else GSM8K's test file, fetched once)")
     add("--protocol", choices=PROTOCOLS, help="default: by --init")
-    add("--rule", choices=ANSWER_RULES, help="default: the protocol's")
-    add("--limit", type=int, help="only the first so many problems")
-    add("--out", type=Path, help="results, continued if there are some (default: in out/eval)")
+    add("--rule", choices=RULES_OF_ANSWERS, help="default: the protocol's")
+    add("--limit", type=COUNT, help="only the first so many problems")
+    add("--out", type=Path, help="results, gone on with if there are some (default: in out/eval)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two results and exit")
-    add = parser.add_argument_group("sampling (default: the protocol's)").add_argument
-    for name, kind in SAMPLING.items():
-        add("--" + name.replace("_", "-"), type=kind)
-    add("--batch-size", type=int, default=16)
-    add("--seed", type=int, default=0)
-    add("--carry", default="keep", choices=("keep", "reset", "shuffle"), help="the memory between "
-        "steps; the last two are controls")
-    args = parser.parse_args()
-    compare(*args.compare) if args.compare else run(args)
+    add("--batch-size", type=COUNT, default=16)
+    add("--carry", default="keep", choices=CARRY,
+        help="the memory between steps; the last two are controls")
+    add_sampling_options(parser, "the protocol's")
+    return parser.parse_args()
+
+
+def find_problems(args: argparse.Namespace, kind: str) -> list[dict[str, str]]:
+    if args.data is None and kind == "tiny":
+        return dial_problems("test")[:args.limit]
+    return read_problems(args.data or gsm8k_file("test.jsonl"))[:args.limit]
+
+
+def find_shots(args: argparse.Namespace, n: int) -> list[dict[str, str]]:
+    """Solved examples: from the train file beside --data where there is one, else GSM8K's."""
+    if n == 0:
+        return []
+    near = args.data and args.data.with_name("train.jsonl")
+    return read_problems(near if near and near.exists() else gsm8k_file("train.jsonl"))[:n]
+
+
+def main() -> None:
+    args = arguments()
+    if args.compare:
+        return compare(*args.compare)
+
+    # 1. everything that can be wrong without a model
+    choice = choose_models(args)
+    name = args.protocol or DEFAULT_PROTOCOL.get(choice.name, DEFAULT_PROTOCOL[choice.kind])
+    protocol = PROTOCOLS[name]
+    if args.rule:
+        protocol = replace(protocol, rule=args.rule)
+    settings = sampling_settings(args, protocol.settings)
+    ensure(args.carry != "shuffle" or args.batch_size > 1, "--carry shuffle exchanges memories "
+           "within a batch; give a --batch-size of two or more")
+    problems = find_problems(args, choice.kind)
+    shots = find_shots(args, protocol.shots)
+    if args.out:
+        check_output(args.out)
+
+    # 2. what is not answered yet, every process its share
+    device, (rank, world) = start_device(args.device)
+    backbone, tokenizer, memory, identity = open_models(choice, args, device)
+    setting = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
+               "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
+               "sampling": settings}
+    if args.carry == "shuffle":
+        setting["batch_size"] = args.batch_size        # whose memory a row gets hangs on it
+    default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(setting)}.jsonl"
+    out = args.out or default_out
+    rows = open_results(out, setting, is_first_process=rank == 0)
+    todo = [i for i in range(len(problems)) if i not in rows][rank::world]
+    begin = time.time()
+    if world > 1:
+        torch.distributed.barrier()                    # all have read before anyone writes
+    with blame(out, "answers so far are kept, the same command goes on"):
+        file = open(out, "ab", buffering=0)            # whole lines, so that all may append
+    with file:
+        answers = evaluate(backbone, tokenizer, problems, protocol, settings=settings, todo=todo,
+                           memory=memory, shots=shots, carry=args.carry, seed=args.seed,
+                           batch_size=args.batch_size)
+        file.write(b"\n")                              # ends a line that a kill cut short
+        for row in tqdm(answers, total=len(todo), disable=None if rank == 0 else True):
+            file.write(json.dumps(row).encode() + b"\n")
+    if world > 1:
+        torch.distributed.barrier()
+
+    # 3. the score
+    if rank == 0:
+        _, rows = read_results(out)
+        n, right = len(problems), sum(row["correct"] for row in rows.values())
+        ensure(len(rows) == n, f"{out} holds {len(rows)} of {n} answers; run again to go on")
+        passes = np.mean([row["passes"] for row in rows.values()])
+        low, high = wilson(right, n)
+        print(json.dumps(setting))
+        print(f"{right} of {n} correct: {right / n:.1%} (95 %: {low:.1%} to {high:.1%}), "
+              f"{passes:.2f} passes, {time.time() - begin:.0f} s")
+        print(f"every answer is in {out}; compare two such files with --compare A B")
+
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, if_interrupted="every answer so far is kept, the same command goes on")

@@ -6,10 +6,11 @@ stand between any two layers without hooks:
 
     h, context = backbone.embed(ids, attention_mask)    # (B, T) -> (B, T, D)
     h = backbone.run(h, context, 0, n_layer)            # any range of layers
-    h = backbone.pick(h, rows)                          # (N, D), h of position i scores token i
+    h = backbone.pick(h, wanted)                        # (N, D), aligned with the tokens it scores
     logits = backbone.head(h)                           # (N, V)
 
 The order of casts is part of each model: bf16 logits equal those of the original classes.
+Read down to the line WEIGHTS first; the rest is files and names.
 """
 import hashlib
 import http.client
@@ -18,15 +19,17 @@ import math
 import os
 import pickle
 import re
+import shutil
+import socket
 import sys
 import time
 import unicodedata
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -34,47 +37,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                # Windows has no such locks
+    fcntl = None
+
 
 class InputError(Exception):
     """Bad input, in one sentence: what was found, what was expected, what to do."""
+
 
 def ensure(condition: object, message: str) -> None:
     if not condition:
         raise InputError(message)
 
+
 @contextmanager
-def blame(source: object, advice: str = "fetch it again") -> Iterator[None]:
+def blame(source: object, advice: str) -> Iterator[None]:
     """Whatever fails inside is the fault of source, a file for example: an InputError says so."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            AssertionError, pickle.UnpicklingError) as error:
-        reason = re.split(r"\.\s|\n", str(error))[0]              # its first sentence
-        raise InputError(f"{source} fails ({type(error).__name__}: {reason}); {advice}")
+            AssertionError, ArithmeticError, MemoryError, pickle.UnpicklingError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        first_sentence = re.split(r"\.\s|\n", reason)[0]
+        raise InputError(f"{source} cannot be used ({first_sentence}); {advice}")
 
-def run_program(main: Callable[[], None]) -> None:
-    """Call a program's main; bad input ends it with one sentence and exit status 1."""
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
-def start_device(name: str | None) -> tuple[torch.device, int, int]:
-    """(device, rank, number of processes); under torchrun the process group is opened."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    rank, local, world = (int(os.environ.get(name, 0)) for name in names)
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {name}", f"try {best}"):
-        device = torch.device(name or best)
-        if device == torch.device("cuda"):             # no index: every process has its own
-            torch.cuda.set_device(device := torch.device("cuda", local))
-        torch.empty(1, device=device)
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, rank, max(world, 1)
-
-# ------------------------------------------------------------------------------- architecture
+# -------------------------------------------------------------------------------- ARCHITECTURE
 
 @dataclass(frozen=True)
 class Config:
@@ -93,70 +84,118 @@ class Config:
     mask_id: int
     eos_id: int
     pad_id: int
-    bos_id: int | None = None      # this one and the next are not in config.json
-    eot_id: int | None = None      # end of a chat turn
+    eot_id: int | None = None      # end of a chat turn; config.json does not name it
 
-LLADA = Config("llada", 126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096, d_ff=12288,
-               norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False, shift=False,
-               mask_id=126336, eos_id=126081, pad_id=126081, bos_id=126080, eot_id=126348)
-DREAM = Config("dream", 152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584, d_ff=18944,
-               norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True, shift=True,
-               mask_id=151666, eos_id=151643, pad_id=151643, bos_id=151665, eot_id=151645)
-TINY = Config("tiny", 304, n_layer=1, n_head=4, n_kv_head=4, d_model=64, d_ff=192, norm_eps=1e-5,
-              rope_theta=100.0, rope_fp32=True, qkv_bias=False, shift=False, mask_id=302,
-              eos_id=303, pad_id=303)
-PRESETS = {                        # architecture, repository on huggingface.co
-    "tiny": (TINY, None),
-    "llada-base": (LLADA, "GSAI-ML/LLaDA-8B-Base"),
-    "llada": (LLADA, "GSAI-ML/LLaDA-8B-Instruct"),
-    "llada-1.5": (LLADA, "GSAI-ML/LLaDA-1.5"),
-    "dream-base": (DREAM, "Dream-org/Dream-v0-Base-7B"),
-    "dream": (DREAM, "Dream-org/Dream-v0-Instruct-7B"),
+
+LLADA = Config("llada", vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, d_model=4096,
+               d_ff=12288, norm_eps=1e-5, rope_theta=500000.0, rope_fp32=True, qkv_bias=False,
+               shift=False, mask_id=126336, eos_id=126081, pad_id=126081, eot_id=126348)
+DREAM = Config("dream", vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584,
+               d_ff=18944, norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True,
+               shift=True, mask_id=151666, eos_id=151643, pad_id=151643, eot_id=151645)
+TINY = Config("tiny", vocab_size=304, n_layer=1, n_head=4, n_kv_head=4, d_model=64,
+              d_ff=192, norm_eps=1e-5, rope_theta=100.0, rope_fp32=True, qkv_bias=False,
+              shift=False, mask_id=302, eos_id=303, pad_id=303)
+
+
+class Preset(NamedTuple):
+    config: Config
+    repository: str | None         # on huggingface.co
+
+
+PRESETS = {
+    "tiny": Preset(TINY, None),
+    "llada-base": Preset(LLADA, "GSAI-ML/LLaDA-8B-Base"),
+    "llada": Preset(LLADA, "GSAI-ML/LLaDA-8B-Instruct"),
+    "llada-1.5": Preset(LLADA, "GSAI-ML/LLaDA-1.5"),
+    "dream-base": Preset(DREAM, "Dream-org/Dream-v0-Base-7B"),
+    "dream": Preset(DREAM, "Dream-org/Dream-v0-Instruct-7B"),
 }
+
+
+class AttentionContext(NamedTuple):
+    """What the attention of every layer shares."""
+    cos: Tensor                    # (1 or B, 1, T, head_dim)
+    sin: Tensor                    # (1 or B, 1, T, head_dim)
+    key_mask: Tensor | None        # (B, 1, 1, T) bool, False at padding
+
 
 class RMSNorm(nn.Module):
     """Statistics in float32, cast back, then the weight: the order of both originals."""
+
     def __init__(self, d: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def rotary_tables(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, float32. position: (1 or B, T)."""
+    exponent = torch.arange(0, head_dim, 2, device=position.device).float() / head_dim
+    frequency = 1.0 / theta ** exponent                            # (head_dim / 2,)
+    angle = position[:, None, :, None].float() * frequency         # (B, 1, T, head_dim / 2)
+    angle = torch.cat((angle, angle), dim=-1)                      # (B, 1, T, head_dim)
+    return angle.cos(), angle.sin()
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)
-    return (y * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    turned = torch.cat((-second, first), dim=-1)
+    return (y * cos + turned * sin).to(x.dtype)
+
 
 class Layer(nn.Module):
     """Attention and SwiGLU, each behind a norm and added to the residual stream."""
+
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.grouped = c.d_model // c.n_head, c.n_kv_head != c.n_head
+        self.head_dim = c.d_model // c.n_head
+        self.grouped = c.n_kv_head != c.n_head
         d_kv = c.n_kv_head * self.head_dim
-        self.attn_norm, self.mlp_norm = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
         self.q = nn.Linear(c.d_model, c.d_model, bias=c.qkv_bias)
-        self.k, self.v = (nn.Linear(c.d_model, d_kv, bias=c.qkv_bias) for _ in range(2))
+        self.k = nn.Linear(c.d_model, d_kv, bias=c.qkv_bias)
+        self.v = nn.Linear(c.d_model, d_kv, bias=c.qkv_bias)
         self.out = nn.Linear(c.d_model, c.d_model, bias=False)
-        self.gate, self.up = (nn.Linear(c.d_model, c.d_ff, bias=False) for _ in range(2))
+        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+        self.gate = nn.Linear(c.d_model, c.d_ff, bias=False)
+        self.up = nn.Linear(c.d_model, c.d_ff, bias=False)
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
-    def forward(self, x: Tensor, context: tuple) -> Tensor:
-        h, (cos, sin, mask) = self.attn_norm(x), context                       # (B, T, D)
-        q, k, v = (p(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                   for p in (self.q, self.k, self.v))                          # (B, H, T, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=self.grouped)
-        x = x + self.out(y.transpose(1, 2).flatten(2))                         # (B, T, D)
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, H, T, head_dim)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        h = self.attn_norm(x)                                          # (B, T, D)
+        q = rotate(self.split_heads(self.q(h)), context.cos, context.sin)
+        k = rotate(self.split_heads(self.k(h)), context.cos, context.sin)
+        v = self.split_heads(self.v(h))                                # (B, H, T, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, context.key_mask, enable_gqa=self.grouped)
+        x = x + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
+
+def recomputed(function: Callable, *inputs: Any, enabled: bool) -> Any:
+    """function(*inputs). Enabled, its activations are not kept: the backward pass makes them
+    again."""
+    if not enabled:
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 class Backbone(nn.Module):
     """Masked-diffusion transformer: token ids to logits, every position sees every other."""
+
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.checkpointing = config, False    # True: recompute layers in the backward
+        self.config = config
+        self.recompute = False         # True: trade time for memory in training, layer by layer
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -165,143 +204,254 @@ class Backbone(nn.Module):
             if p.dim() == 2 and not p.is_meta:
                 nn.init.normal_(p, std=0.1)
 
-    def embed(self, ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, tuple]:
-        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D), and the context that
-        all layers share: cos, sin (1 or B, 1, T, head_dim) and the keys' mask (B, 1, 1, T). Dream
-        counts positions from the first real token, LLaDA from the first column."""
-        c, h, mask = self.config, self.embedding(ids), None
-        position = torch.arange(ids.shape[1], device=ids.device)[None]                 # (1, T)
+    def embed(self, ids: Tensor, attention_mask: Tensor | None = None
+              ) -> tuple[Tensor, AttentionContext]:
+        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D) and what all layers
+        share. Dream counts positions from the first real token, LLaDA from the first column."""
+        c = self.config
+        h = self.embedding(ids)                                        # (B, T, D)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]     # (1, T)
+        key_mask = None
         if attention_mask is not None:
-            mask = attention_mask.bool()[:, None, None, :]
+            key_mask = attention_mask.bool()[:, None, None, :]         # (B, 1, 1, T)
             if c.kind == "dream":
-                position = (attention_mask.long().cumsum(1) - 1).masked_fill(attention_mask == 0, 1)
-        d = c.d_model // c.n_head
-        inverse = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=ids.device).float() / d)
-        angle = (position[:, None, :, None].float() * inverse).repeat(1, 1, 1, 2)
+                counted = attention_mask.long().cumsum(1) - 1          # (B, T)
+                position = counted.masked_fill(attention_mask == 0, 1)
+        cos, sin = rotary_tables(position, c.d_model // c.n_head, c.rope_theta)
         dtype = torch.float32 if c.rope_fp32 else h.dtype
-        return h, (angle.cos().to(dtype), angle.sin().to(dtype), mask)
+        return h, AttentionContext(cos.to(dtype), sin.to(dtype), key_mask)
 
-    def run(self, h: Tensor, context: tuple, start: int, stop: int) -> Tensor:
+    def run(self, h: Tensor, context: AttentionContext, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 on the residual stream h (B, T, D)."""
         for layer in self.layers[start:stop]:
-            h = layer(h, context) if not (self.checkpointing and h.requires_grad) else checkpoint(
-                layer, h, context, use_reentrant=False, preserve_rng_state=False)
+            h = recomputed(layer, h, context, enabled=self.recompute and h.requires_grad)
         return h
 
-    def pick(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Align h with the tokens it scores (undo the shift), then keep rows, a bool (B, T)."""
+    def pick(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
+        (B, T): (N, D), or (B, T, D) without."""
         if self.config.shift:
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)
-        return h if rows is None else h[rows]                                  # (B, T, D) or (N, D)
+        return h if wanted is None else h[wanted]
 
     def head(self, h: Tensor) -> Tensor:
         """Picked h (..., D) -> logits (..., V)."""
         return self.lm_head(self.norm(h))
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, rows: Tensor | None = None
-                ) -> Tensor:
-        """Logits (B, T, V), or (N, V) at rows; logits[:, i] scores token i, for Dream too."""
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None,
+                wanted: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or (N, V) where wanted; logits[:, i] scores token i, for Dream too."""
         h, context = self.embed(ids, attention_mask)
-        return self.head(self.pick(self.run(h, context, 0, len(self.layers)), rows))
+        h = self.run(h, context, 0, len(self.layers))
+        return self.head(self.pick(h, wanted))
 
-# ----------------------------------------------------------------------------------- weights
-# A checkpoint folder holds config.json, *.safetensors (with or without an index) and, but for
-# tiny, the tokeniser's files. Our names and theirs:
+    def compile_layers(self) -> None:
+        """torch.compile, layer by layer: one graph serves them all, the memory stays between."""
+        for layer in self.layers:
+            layer.compile()
+
+    def digest(self) -> str:
+        """What tells this backbone from another: a hash of its config and of the first row of
+        every weight, rounded to bfloat16, so that neither device nor dtype matters."""
+        found = hashlib.sha256(repr(self.config).encode())
+        for p in self.parameters():
+            found.update(p[:1].to(torch.bfloat16).float().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------- WEIGHTS
+# A checkpoint folder holds config.json, *.safetensors (with or without an index) and the
+# tokeniser's files. Our names and theirs, to be found with grep:
+
 CONFIG_KEYS = {
-    "llada": dict(n_layer="n_layers", n_head="n_heads", n_kv_head="n_kv_heads", d_model="d_model",
-                  d_ff="mlp_hidden_size", norm_eps="rms_norm_eps", rope_theta="rope_theta",
-                  rope_fp32="rope_full_precision", qkv_bias="include_qkv_bias"),
-    "dream": dict(n_layer="num_hidden_layers", n_head="num_attention_heads", d_model="hidden_size",
-                  n_kv_head="num_key_value_heads", d_ff="intermediate_size",
-                  norm_eps="rms_norm_eps", rope_theta="rope_theta"),
+    "llada": {
+        "vocab_size": "embedding_size",
+        "n_layer": "n_layers",
+        "n_head": "n_heads",
+        "n_kv_head": "n_kv_heads",
+        "d_model": "d_model",
+        "d_ff": "mlp_hidden_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "rope_fp32": "rope_full_precision",
+        "qkv_bias": "include_qkv_bias",
+        "mask_id": "mask_token_id",
+        "eos_id": "eos_token_id",
+        "pad_id": "pad_token_id",
+    },
+    "dream": {
+        "vocab_size": "vocab_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "d_model": "hidden_size",
+        "d_ff": "intermediate_size",
+        "norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "mask_id": "mask_token_id",
+        "eos_id": "eos_token_id",
+        "pad_id": "pad_token_id",
+    },
 }
 CONFIG_FIXED = {                   # under other settings theirs is not the architecture above
-    "llada": dict(block_type="llama", activation_type="silu", layer_norm_type="rms", rope=True,
-                  alibi=False, include_bias=False, attention_layer_norm=False, weight_tying=False,
-                  scale_logits=False, input_emb_norm=False),
-    "dream": dict(hidden_act="silu", tie_word_embeddings=False, rope_scaling=None,
-                  use_sliding_window=False, use_mrope=False),
+    "llada": {
+        "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms",
+        "rope": True, "alibi": False, "include_bias": False, "attention_layer_norm": False,
+        "weight_tying": False, "scale_logits": False, "input_emb_norm": False,
+    },
+    "dream": {
+        "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None,
+        "use_sliding_window": False, "use_mrope": False,
+    },
 }
 TENSOR_NAMES = {
-    "llada": dict(
-        embedding="model.transformer.wte", norm="model.transformer.ln_f",
-        lm_head="model.transformer.ff_out", layers="model.transformer.blocks", mlp_norm="ff_norm",
-        q="q_proj", k="k_proj", v="v_proj", out="attn_out", gate="ff_proj", up="up_proj",
-        down="ff_out"),
-    "dream": dict(
-        embedding="model.embed_tokens", norm="model.norm", layers="model.layers",
-        attn_norm="input_layernorm", mlp_norm="post_attention_layernorm", q="self_attn.q_proj",
-        k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj", gate="mlp.gate_proj",
-        up="mlp.up_proj", down="mlp.down_proj"),
+    "llada": {
+        "embedding.weight": "model.transformer.wte.weight",
+        "norm.weight": "model.transformer.ln_f.weight",
+        "lm_head.weight": "model.transformer.ff_out.weight",           # ff_out is two things:
+        "layers.{}.attn_norm.weight": "model.transformer.blocks.{}.attn_norm.weight",
+        "layers.{}.q.weight": "model.transformer.blocks.{}.q_proj.weight",
+        "layers.{}.k.weight": "model.transformer.blocks.{}.k_proj.weight",
+        "layers.{}.v.weight": "model.transformer.blocks.{}.v_proj.weight",
+        "layers.{}.q.bias": "model.transformer.blocks.{}.q_proj.bias",
+        "layers.{}.k.bias": "model.transformer.blocks.{}.k_proj.bias",
+        "layers.{}.v.bias": "model.transformer.blocks.{}.v_proj.bias",
+        "layers.{}.out.weight": "model.transformer.blocks.{}.attn_out.weight",
+        "layers.{}.mlp_norm.weight": "model.transformer.blocks.{}.ff_norm.weight",
+        "layers.{}.gate.weight": "model.transformer.blocks.{}.ff_proj.weight",
+        "layers.{}.up.weight": "model.transformer.blocks.{}.up_proj.weight",
+        "layers.{}.down.weight": "model.transformer.blocks.{}.ff_out.weight",  # and this
+    },
+    "dream": {
+        "embedding.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        "layers.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+        "layers.{}.q.weight": "model.layers.{}.self_attn.q_proj.weight",
+        "layers.{}.k.weight": "model.layers.{}.self_attn.k_proj.weight",
+        "layers.{}.v.weight": "model.layers.{}.self_attn.v_proj.weight",
+        "layers.{}.q.bias": "model.layers.{}.self_attn.q_proj.bias",
+        "layers.{}.k.bias": "model.layers.{}.self_attn.k_proj.bias",
+        "layers.{}.v.bias": "model.layers.{}.self_attn.v_proj.bias",
+        "layers.{}.out.weight": "model.layers.{}.self_attn.o_proj.weight",
+        "layers.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+        "layers.{}.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+        "layers.{}.up.weight": "model.layers.{}.mlp.up_proj.weight",
+        "layers.{}.down.weight": "model.layers.{}.mlp.down_proj.weight",
+    },
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FETCH_AGAIN = "fetch it again"
+
 
 def original_name(kind: str, name: str) -> str:
     """The name in a released checkpoint of our parameter, layers.0.q.weight for example."""
-    table, (*parts, leaf) = TENSOR_NAMES.get(kind, {}), name.split(".")
-    return ".".join([table.get(part, part) for part in parts] + [leaf])
+    if kind == "tiny":
+        return name
+    number = re.search(r"\d+", name)
+    if number is None:
+        return TENSOR_NAMES[kind][name]
+    pattern = name.replace(f".{number[0]}.", ".{}.")
+    return TENSOR_NAMES[kind][pattern].format(number[0])
+
 
 def read_json(path: Path) -> dict:
-    with blame(path):
+    with blame(path, FETCH_AGAIN):
         value = json.loads(path.read_bytes())
-    ensure(isinstance(value, dict), f"{path} holds no JSON object; fetch it again")
+    ensure(isinstance(value, dict), f"{path} holds no JSON object; {FETCH_AGAIN}")
     return value
 
+
+def check_config(config: Any, source: object) -> None:
+    """Every number of a dataclass that came from a file must be one, and of a sane size."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            sound = type(value) is int and 0 <= value < 2 ** 31
+        elif field.type is float:
+            sound = type(value) in (int, float) and math.isfinite(value) and value > 0
+        elif field.type is bool:
+            sound = type(value) is bool
+        else:
+            continue
+        ensure(sound, f"{source} has {field.name} = {value!r}, no sound value; {FETCH_AGAIN}")
+
+
 def read_config(folder: Path) -> Config:
-    """The architecture that a folder's config.json describes."""
-    path, found = folder / "config.json", read_json(folder / "config.json")
+    """The architecture that a folder's config.json describes. Raises InputError."""
+    path = folder / "config.json"
+    found = read_json(path)
     kind = str(found.pop("model_type", None)).lower()
     ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada or Dream")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
         ensure(found.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
-    with blame(path):
+    with blame(path, FETCH_AGAIN):
         if kind == "tiny":
             c = Config(**found)
         else:
-            base, vocab = PRESETS[kind][0], found.get("embedding_size") or found["vocab_size"]
-            ids = {f"{name}_id": found[f"{name}_token_id"] for name in ("mask", "eos", "pad")}
+            if found.get("embedding_size") is None:
+                found["embedding_size"] = found["vocab_size"]
             values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
-            c = replace(base, vocab_size=vocab, **values, **ids)
-        sizes = [c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff]
-        sound = all(type(n) is int and n > 0 for n in sizes) and (
-            c.d_model % (2 * c.n_head) == c.n_head % c.n_kv_head == 0
-            and 0 <= max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size)
-    ensure(sound, f"{path} has sizes that do not fit together, {sizes}; fetch it again")
+            c = replace(PRESETS[kind].config, **values)
+    check_config(c, path)
+    sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
+    fitting = (min(sizes) > 0 and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
+               and max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size)
+    ensure(fitting, f"{path} has sizes that do not fit together, {sizes}; {FETCH_AGAIN}")
     return c
 
-def read_header(path: Path) -> dict[str, tuple[torch.dtype, list[int], int, int]]:
-    """Name -> (dtype, shape, first byte, end byte) of a safetensors file, checked in full: 8 bytes
-    of header length (little-endian), a JSON header, the tensors without gap or overlap."""
-    def unique(pairs: list[tuple]) -> dict:
-        ensure(len(dict(pairs)) == len(pairs), f"{path} has a name twice in its header")
-        return dict(pairs)
 
-    entries = {}
-    with blame(path), open(path, "rb") as file:
-        size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
-        ensure(length <= min(size - 8, 10 ** 8), f"{path}, {size} bytes, has no header of {length}")
-        header = json.loads(file.read(length), object_pairs_hook=unique)
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in its header")
+    return found
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, mapped into memory and not read yet.
+
+    The file: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape,
+    data_offsets}}, the tensors without gap or overlap. Raises InputError for anything else.
+    """
+    with blame(path, FETCH_AGAIN):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"{size} bytes hold no header of {length}")
+            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
-        end = begin = 8 + length
+        tensors = {}
+        end = 8 + length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            start, stop = (begin + offset for offset in entry["data_offsets"])
-            ensure(all(type(n) is int and 0 <= n < 1 << 48 for n in (start, stop, *shape))
-                   and start == end and stop - start == math.prod(shape) * dtype.itemsize,
-                   f"{path} has an unsound entry {name!r} at byte {end - begin}: {entry}")
-            entries[name], end = (dtype, shape, start, stop), stop
-        ensure(end == size, f"{path} has {size:,} bytes, its tensors need {end:,}; fetch it again")
-    return entries
+            start, stop = entry["data_offsets"]
+            n_bytes = math.prod(shape) * dtype.itemsize
+            whole_numbers = all(type(n) is int and n >= 0 for n in (start, stop, *shape))
+            if not whole_numbers or 8 + length + start != end or stop - start != n_bytes:
+                raise ValueError(f"tensor {name!r} has an unsound entry, {entry}")
+            if end + n_bytes > size:
+                raise ValueError(f"{size:,} bytes end within tensor {name!r}")
+            raw = np.memmap(path, np.uint8, mode="c", offset=end, shape=(n_bytes,))
+            tensors[name] = torch.from_numpy(raw).view(dtype).view(shape)
+            end += n_bytes
+        if end != size:
+            raise ValueError(f"it has {size:,} bytes, its tensors need {end:,}")
+    return tensors
+
 
 def shard_paths(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those that its index lists, or all."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    with blame(index):
+    with blame(index, FETCH_AGAIN):
         names = sorted(set(read_json(index)["weight_map"].values()))
-        ensure(names == [*map(os.path.basename, names)], f"{index} has other than plain file names")
+        plain = [os.path.basename(name) for name in names]
+    ensure(names == plain, f"{index} has other than plain file names; {FETCH_AGAIN}")
     return [folder / name for name in names]
+
 
 def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
                   dtype: torch.dtype | None = None) -> Backbone:
@@ -309,221 +459,381 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
     checked first; then every tensor goes from the mapped file to its place on the device, one at a
     time. dtype: bfloat16 on a GPU, else the file's. Raises InputError for files that do not fit."""
     folder = find_weights(path_or_preset)
-    config, source = read_config(folder), {}
+    config = read_config(folder)
+    tensors: dict[str, Tensor] = {}
     for path in shard_paths(folder):
-        for name, entry in read_header(path).items():
-            ensure(name not in source, f"{path} repeats tensor {name!r} of another file")
-            source[name] = (path, *entry)
-    with torch.device("meta"):
+        for name, tensor in read_safetensors(path).items():
+            ensure(name not in tensors, f"{path} repeats tensor {name!r} of another file")
+            tensors[name] = tensor
+    ensure(config.n_layer <= len(tensors), f"{folder} has {len(tensors)} tensors, too few for the "
+           f"{config.n_layer} layers of its config.json; {FETCH_AGAIN}")
+
+    with torch.device("meta"):         # shapes without memory
         backbone = Backbone(config)
-    shapes = {original_name(config.kind, n): list(p.shape) for n, p in backbone.named_parameters()}
-    for name in sorted(shapes.keys() | source.keys()):
-        want, (path, found, shape, *_) = shapes.get(name), source.get(name, (folder, None, None))
-        ensure(shape == want, f"{path} has shape {shape} for tensor {name!r} where config.json has "
-               f"{want}; fetch a folder whose config.json and weights belong together")
-    dtype = dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else found)
+    parameters = {original_name(config.kind, name): p for name, p in backbone.named_parameters()}
+    for name in sorted(parameters.keys() | tensors.keys()):
+        want = list(parameters[name].shape) if name in parameters else None
+        found = list(tensors[name].shape) if name in tensors else None
+        ensure(found == want, f"{folder} has shape {found} for tensor {name!r} where config.json "
+               f"has {want}; fetch a folder whose config.json and weights belong together")
+
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = dtype or (torch.bfloat16 if on_gpu else tensor.dtype)
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for name, p in backbone.named_parameters():
-        path, found, shape, start, stop = source[original_name(config.kind, name)]
-        raw = np.memmap(path, np.uint8, mode="c", offset=start, shape=(stop - start,))
-        p.copy_(torch.from_numpy(raw).view(found).view(shape))
+        # pop: a file's pages leave our memory as soon as its tensor has been copied
+        p.copy_(tensors.pop(original_name(config.kind, name)))
     return backbone
 
-def write_atomically(path: Path, write: Callable) -> None:
-    """write(file) into a temporary file that then takes the name path: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
-def save_backbone(backbone: Backbone, folder: Path) -> None:
-    """Write a tiny backbone as a checkpoint folder that load_backbone reads, in float32."""
-    data = [(n, p.detach().float().cpu().numpy()) for n, p in backbone.named_parameters()]
-    ends = np.cumsum([0] + [x.nbytes for _, x in data]).tolist()
-    header = json.dumps({name: dict(dtype="F32", shape=x.shape, data_offsets=ends[i:i + 2])
-                         for i, (name, x) in enumerate(data)}).encode()
-    parts = [len(header).to_bytes(8, "little"), header, *(x.tobytes() for _, x in data)]
-    config = json.dumps({"model_type": "tiny", **asdict(backbone.config)}).encode()
-    write_atomically(folder / "model.safetensors", lambda file: file.writelines(parts))
-    write_atomically(folder / "config.json", lambda file: file.write(config))
+def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
+    """Write a tiny backbone and the words of its tokeniser as a checkpoint folder, in float32."""
+    header, arrays, end = {}, [], 0
+    for name, p in backbone.named_parameters():
+        array = p.detach().float().cpu().numpy()
+        offsets = [end, end + array.nbytes]
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
+        arrays.append(array)
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    config = {"model_type": "tiny", **asdict(backbone.config)}
+    with write_atomically(folder / "model.safetensors") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for array in arrays:
+            file.write(array.tobytes())
+    with write_atomically(folder / "tokenizer.json") as file:
+        file.write(json.dumps({"words": words}).encode())
+    with write_atomically(folder / "config.json") as file:
+        file.write(json.dumps(config).encode())
+
+
+# --------------------------------------------------------------------------------------- FILES
+
+WRITABLE = "give a path that can be written"
+
+
+def temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def check_output(path: Path) -> None:
+    """Raise InputError where a file could not be written: before hours of work, not after. Only a
+    plain file is ever replaced, no folder, link or device."""
+    with blame(path, WRITABLE):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise ValueError("it is there and no plain file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary(path).touch()
+        temporary(path).unlink()
+
+
+@contextmanager
+def write_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes the name path at the end of the block: whole or not at
+    all. Raises InputError where that fails."""
+    check_output(path)
+    part = temporary(path)
+    with blame(path, WRITABLE):
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool, message: str) -> Iterator[None]:
+    """The block for one process of this machine at a time. The lock dies with its process. Where
+    another holds it: wait, or raise InputError with the message."""
+    with blame(path, "give a folder that can be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "ab")
+    with file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                ensure(wait, message)
+                print(message, file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
+    with blame("the home folder", "set XDG_CACHE_HOME to a folder for downloads"):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
+
 
 def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
+
+def retry(what: str, attempt: Callable[[], Any]) -> Any:
+    """attempt(), again after what may pass: 429, a server's error, a broken transfer. Raises
+    InputError at once where there is no connection or the server refuses, else after the last."""
+    for pause in (2, 8, 30, 60, None):
+        wait = pause
+        try:
+            return attempt()
+        except urllib.error.HTTPError as error:
+            trouble = f"{error.code} {error.reason}"
+            ensure(error.code == 429 or error.code >= 500, f"{what} is refused ({trouble}); check "
+                   "the address, and HF_TOKEN where one is needed")
+            asked = error.headers.get("Retry-After", "")
+            if pause and asked.isdecimal():
+                wait = min(int(asked), 600)
+        except urllib.error.URLError as error:
+            raise InputError(f"{what} cannot be reached ({error.reason})")
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            trouble = str(error) or type(error).__name__       # cut short, or of another hash
+        if pause is None:
+            raise InputError(f"{what} could not be fetched ({trouble}); run again to go on")
+        print(f"{what}: {trouble}; again in {wait} s", file=sys.stderr)
+        time.sleep(wait)
+
+
+def fetch_json(url: str) -> tuple[Any, http.client.HTTPMessage]:
+    """The JSON value at url, and the headers that came with it. Sends HF_TOKEN when it is set."""
+    request = urllib.request.Request(url)
+    if os.environ.get("HF_TOKEN"):
+        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+
+    def attempt() -> tuple[Any, http.client.HTTPMessage]:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read()), response.headers
+
+    return retry(url.split("?")[0], attempt)
+
+
+def download(url: str, path: Path, sha256: str | None = None, git_blob: str | None = None) -> None:
+    """Fetch url into path, whole or not at all, checked by its sha256 or its git blob id."""
+    part = path.with_name(path.name + ".part")
+    socket.setdefaulttimeout(60)       # torch.hub waits for ever otherwise
+
+    def attempt() -> None:
+        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
+        if git_blob is not None:
+            data = part.read_bytes()
+            found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            if found != git_blob:
+                raise ValueError(f"{len(data)} bytes came with another hash")
+        os.replace(part, path)
+
+    with blame(path.parent, "give a folder that can be written by XDG_CACHE_HOME"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    retry(url, attempt)
+
+
 def find_weights(path_or_preset: str | Path) -> Path:
     """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download."""
-    folder, (_, repo) = Path(path_or_preset), PRESETS.get(str(path_or_preset), (None, None))
-    if repo is None:
-        ensure(folder.is_dir(), f"{folder} is no folder and none of {', '.join(PRESETS)}; give "
-               "one of these, or for tiny run first: python train.py")
+    folder = Path(path_or_preset)
+    preset = PRESETS.get(str(path_or_preset))
+    if preset is None or preset.repository is None:
+        ensure(folder.is_dir(), f"there is no folder {folder}; give one, or one of "
+               f"{', '.join(PRESETS)} (tiny: made by python train.py)")
         return folder
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    cached /= "models--" + repo.replace("/", "--")
-    if (main := cached / "refs" / "main").is_file():
-        snapshot = cached / "snapshots" / main.read_text().strip()
+    name = preset.repository.replace("/", "--")
+    home = Path(os.environ.get("HF_HOME") or cache_folder().parent / "huggingface")
+    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name}"
+    revision = cached / "refs" / "main"
+    if revision.is_file():
+        snapshot = cached / "snapshots" / revision.read_text().strip()
         shards = shard_paths(snapshot)
         if shards and all(path.exists() for path in [snapshot / "config.json", *shards]):
             return snapshot
-    return download_repository(repo, cache_folder() / repo.replace("/", "--"))
+    ours = cache_folder() / name
+    if not (ours / "complete").exists():
+        with locked(ours / "lock", wait=True, message=f"waiting: another process fetches {ours}"):
+            try:
+                download_repository(preset.repository, ours)
+            except InputError as error:
+                raise InputError(f"the weights of {path_or_preset} could not be fetched: {error}; "
+                                 "give a folder that holds them by --weights")
+    return ours
 
-def download(url: str, path: Path, size: int | None = None, sha256: str | None = None,
-             tries: int = 5) -> None:
-    """Fetch url into path by way of path.part, which another try or a later call goes on from.
-    Raises InputError when refused, or when size or sha256 are still wrong after all tries."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, trouble = path.with_name(path.name + ".part"), ""
-    for attempt in range(tries):
-        time.sleep(attempt and 2 ** attempt)
-        start = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        if os.environ.get("HF_TOKEN") and url.startswith(endpoint() + "/"):  # not for redirections
-            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                start *= response.status == 206        # else the file comes from its beginning
-                length = response.headers.get("Content-Length")
-                total = size or (start + int(length) if length else None)
-                bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
-                with bar, open(part, "ab" if start else "wb") as file:
-                    while chunk := response.read(1 << 20):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-        except (OSError, http.client.HTTPException) as error:
-            code, trouble, total = getattr(error, "code", 500), str(error), size or -1
-            ensure(code in (416, 429) or code >= 500, f"{url} is refused ({error}); check the "
-                   "address, and HF_TOKEN where one is needed")
-            if code != 416 or not start:               # 416: part is all of the file, or too long
-                continue
-        found = part.stat().st_size
-        with open(part, "rb") as file:
-            if found == (total or found) and (
-                    sha256 in (None, hashlib.file_digest(file, "sha256").hexdigest())):
-                return os.replace(part, path)
-        trouble = f"{found} bytes came, not {total} of sha256 {sha256}"
-        if found >= (total or 0):
-            part.unlink()
-    raise InputError(f"{url} could not be fetched in {tries} tries ({trouble}); run again to go on")
 
-def download_repository(repo: str, folder: Path) -> Path:
-    """Fetch a model repository's config, weights and tokeniser into folder, at one revision."""
+def download_repository(repository: str, folder: Path) -> None:
+    """Fetch a model's config, weights and tokeniser into folder, file by file, at one revision.
+    What is there already is not fetched again."""
     if (folder / "complete").exists():
-        return folder
-    download(f"{endpoint()}/api/models/{repo}?blobs=true", folder / "listing")
-    found = read_json(folder / "listing")
-    with blame(endpoint(), "check HF_ENDPOINT, or give a folder of these files by --weights"):
-        files = {f["rfilename"]: (f["size"], (f.get("lfs") or {}).get("sha256"))
-                 for f in found["siblings"]
-                 if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", f["rfilename"])}
-        revision, total = found["sha"], sum(size for size, _ in files.values())
-    print(f"{repo}: {len(files)} files, {total / 1e9:.1f} GB, into {folder}", file=sys.stderr)
-    for name, (size, sha256) in files.items():
-        if not (folder / name).exists():
-            download(f"{endpoint()}/{repo}/resolve/{revision}/{name}", folder / name, size, sha256)
-    os.replace(folder / "listing", folder / "complete")
-    return folder
+        return
+    listing, _ = fetch_json(f"{endpoint()}/api/models/{repository}?blobs=true")
+    with blame(f"the list of files of {repository}", "check HF_ENDPOINT"):
+        revision = listing["sha"]
+        files = [file for file in listing["siblings"]
+                 if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", file["rfilename"])]
+        missing = [file for file in files if not (folder / file["rfilename"]).exists()]
+        total = sum(file["size"] for file in missing)
+    free = shutil.disk_usage(folder).free
+    ensure(free > total, f"{folder} has {free / 1e9:.1f} GB free where {total / 1e9:.1f} are needed"
+           "; make room, or set XDG_CACHE_HOME")
+    print(f"{repository}: {len(missing)} files, {total / 1e9:.1f} GB, into {folder}",
+          file=sys.stderr)
+    for file in missing:
+        name = file["rfilename"]
+        download(f"{endpoint()}/{repository}/resolve/{revision}/{name}", folder / name,
+                 sha256=(file.get("lfs") or {}).get("sha256"),
+                 git_blob=None if file.get("lfs") else file.get("blobId"))
+    (folder / "complete").write_text(revision)
 
-# --------------------------------------------------------------------------------- tokeniser
+
+# ----------------------------------------------------------------------------------- TOKENISER
+
 PATTERNS = {
     "llada": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
              r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "dream": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-TEMPLATES = {                      # start, every message, where the assistant begins
-    "llada": ("<|startoftext|>",
-              "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-              "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "dream": ("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
-    "tiny": ("", "{content}\nAnswer:", ""),
+
+
+class Template(NamedTuple):
+    """A chat: its beginning, every message, and where the assistant begins to speak."""
+    start: str
+    message: str
+    answer: str
+
+
+TEMPLATES = {
+    "llada": Template("<|startoftext|>",
+                      "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "dream": Template("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "tiny": Template("", "{content}\nAnswer:", ""),
 }
-TINY_WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives",
-              "\nAnswer:", "\n####", " red", " blue", " gold", " green", " black", " white",
-              " pink", " brown", *(f" {digit}" for digit in range(10))]      # besides the 256 bytes
+
 
 class Tokenizer:
     """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
 
     def __init__(self, kind: str, encoding: tiktoken.Encoding, hidden: set[int], nfc: bool):
-        self.kind, self.encoding, self.hidden, self.nfc = kind, encoding, hidden, nfc
+        self.kind = kind
+        self.encoding = encoding
+        self.hidden = hidden           # control tokens, which a reader does not want to see
+        self.nfc = nfc                 # normalise text first
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Ids of text; no start token is added. special=False: control tokens are plain text."""
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        text = text.encode("utf-8", "replace").decode()          # lone surrogates have no bytes
-        return self.encoding.encode(text, allowed_special="all" if special else set(),
-                                    disallowed_special=())
+        if self.nfc:
+            text = unicodedata.normalize("NFC", text)
+        text = text.encode("utf-8", "replace").decode()        # lone surrogates have no bytes
+        allowed = "all" if special else set()
+        return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one token; an id without a token (padded embeddings) has a broken one."""
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b"\xff"
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of ids; ids without a token (padded embeddings) and broken bytes are U+FFFD."""
-        def piece(i: int) -> bytes:
-            try:
-                return self.encoding.decode_single_token_bytes(i)
-            except KeyError:
-                return b"\xff"
-        kept = (piece(i) for i in ids if not (skip_special and i in self.hidden))
-        return b"".join(kept).decode("utf-8", "replace")
+        """Text of ids; broken bytes are U+FFFD."""
+        hidden = self.hidden if skip_special else set()
+        pieces = [self.token_bytes(i) for i in ids if i not in hidden]
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def chat(self, messages: list[dict[str, str]], special: bool = False) -> list[int]:
         """Prompt ids of messages [{role, content}], ending where the assistant speaks. By default
         roles and contents are plain text: no user can write a control token."""
-        start, turn, end = TEMPLATES[self.kind]
+        template = TEMPLATES[self.kind]
         if self.kind == "llada":
             messages = [m | {"content": m["content"].strip()} for m in messages]
         if self.kind == "dream" and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-        return [i for text, m in [(start, {}), *((turn, m) for m in messages), (end, {})]
-                for part in re.split(r"(<\|\w+\|>)", text)
-                for i in self.encode(part.format(**m), special or part.startswith("<|"))]
+        ids = self.encode(template.start)
+        for message in messages:
+            for part in re.split(r"(<\|\w+\|>)", template.message):
+                is_control = part.startswith("<|")
+                ids += self.encode(part.format(**message), special or is_control)
+        return ids + self.encode(template.answer)
 
-def tiny_tokenizer(words: list[str] = TINY_WORDS) -> Tokenizer:
+
+def tiny_tokenizer(words: list[str]) -> Tokenizer:
+    """The tokeniser of a tiny backbone: 256 bytes, and these words as one token each."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
-    encoding = tiktoken.Encoding("tiny", pat_str="|".join(map(re.escape, words)) + r"|[\s\S]",
-                                 mergeable_ranks=ranks, special_tokens=special)
+    pattern = "|".join(map(re.escape, words)) + r"|[\s\S]"
+    encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks,
+                                 special_tokens=special)
     return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
 
-def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
-    """The tokeniser of a checkpoint folder (LLaDA: tokenizer.json; Dream: vocab.json, merges.txt,
-    tokenizer_config.json) or preset. Raises InputError for files of another form."""
-    kind = str(path_or_preset)
-    if kind != "tiny":
-        kind = read_config(folder := find_weights(path_or_preset)).kind
-    if kind == "tiny":
-        return tiny_tokenizer()
-    # GPT-2's printable names of the 256 bytes: those without one of their own follow from U+0100
+
+def bytes_of_characters() -> dict[str, int]:
+    """GPT-2's printable names of the 256 bytes: those without one of their own follow U+0100."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    byte_of = {chr(256 + n): b for n, b in enumerate(sorted(set(range(256)) - set(shown)))}
-    byte_of |= {chr(b): b for b in shown}
-    with blame(f"the {kind} tokeniser in {folder}", "fetch its files again"):
-        if kind == "llada":
-            found = read_json(folder / "tokenizer.json")
-            vocab, merges = found["model"]["vocab"], found["model"]["merges"]
-            split = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-            normalizer = found["normalizer"] and found["normalizer"]["type"]
-            added = {t["content"]: (t["id"], t["special"]) for t in found["added_tokens"]}
+    named = {chr(b): b for b in shown}
+    others = sorted(set(range(256)) - set(shown))
+    return named | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+def byte_pair_tokenizer(kind: str, *, split: str, normalizer: str | None, vocab: dict[str, int],
+                        merges: list, added: dict[str, tuple[int, bool]]) -> Tokenizer:
+    """tiktoken's form of a byte-level BPE whose id = 256 + merge rank, as that of LLaDA and Dream.
+    added: {text: (id, whether it is a control token)}. Raises ValueError for any other."""
+    byte_of = bytes_of_characters()
+    ranks = {}
+    for token, i in vocab.items():
+        if i < 256 + len(merges):
+            ranks[bytes(byte_of[character] for character in token)] = i
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    merged_ids = [vocab["".join(pair)] for pair in pairs]
+    if split != PATTERNS[kind] or normalizer not in (None, "NFC"):
+        raise ValueError(f"split {split!r} or normalizer {normalizer!r} is not the released one")
+    if sorted(ranks.values()) != list(range(len(ranks))) or merged_ids != list(
+            range(256, len(ranks))):
+        raise ValueError("it is no byte-level BPE with id = 256 + merge rank")
+    special = {text: i for text, (i, _) in added.items()}
+    hidden = {i for i, is_control in added.values() if is_control}
+    encoding = tiktoken.Encoding(kind, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
+    return Tokenizer(kind, encoding, hidden, nfc=normalizer == "NFC")
+
+
+def read_llada_tokenizer(folder: Path) -> Tokenizer:
+    found = read_json(folder / "tokenizer.json")
+    normalizer = found["normalizer"]
+    return byte_pair_tokenizer(
+        "llada",
+        split=found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
+        normalizer=normalizer["type"] if normalizer else None,
+        vocab=found["model"]["vocab"],
+        merges=found["model"]["merges"],
+        added={t["content"]: (t["id"], t["special"]) for t in found["added_tokens"]})
+
+
+def read_dream_tokenizer(folder: Path) -> Tokenizer:
+    lines = (folder / "merges.txt").read_text("utf-8").removesuffix("\n").split("\n")
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+    return byte_pair_tokenizer(
+        "dream",
+        split=PATTERNS["dream"],
+        normalizer="NFC",
+        vocab=read_json(folder / "vocab.json"),
+        merges=lines,
+        added={t["content"]: (int(i), t["special"]) for i, t in added.items()})
+
+
+def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
+    """The tokeniser of a checkpoint folder or preset. LLaDA and tiny: tokenizer.json; Dream:
+    vocab.json, merges.txt, tokenizer_config.json. Raises InputError for files of another form."""
+    folder = find_weights(path_or_preset)
+    config = read_config(folder)
+    with blame(f"the {config.kind} tokeniser in {folder}", "fetch its files again"):
+        if config.kind == "llada":
+            tokenizer = read_llada_tokenizer(folder)
+        elif config.kind == "dream":
+            tokenizer = read_dream_tokenizer(folder)
         else:
-            split, normalizer, vocab = PATTERNS[kind], "NFC", read_json(folder / "vocab.json")
-            merges = (folder / "merges.txt").read_text("utf-8").removesuffix("\n").split("\n")
-            merges = merges[merges[0].startswith("#version"):]
-            table = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-            added = {t["content"]: (int(i), t["special"]) for i, t in table.items()}
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        ranks = {bytes(byte_of[char] for char in token): i for token, i in vocab.items()
-                 if i < 256 + len(merges)}
-        if split != PATTERNS[kind] or normalizer not in (None, "NFC") or (
-                sorted(ranks.values()) != [*range(len(ranks))]) or (
-                [vocab["".join(merge)] for merge in merges] != [*range(256, len(ranks))]):
-            raise ValueError(f"no byte-level BPE with id = 256 + merge rank, split {split!r}, "
-                             f"normalizer {normalizer!r}")
-        encoding = tiktoken.Encoding(kind, pat_str=split, mergeable_ranks=ranks,
-                                     special_tokens={text: i for text, (i, _) in added.items()})
-    return Tokenizer(kind, encoding, {i for i, hide in added.values() if hide}, normalizer == "NFC")
+            tokenizer = tiny_tokenizer(read_json(folder / "tokenizer.json")["words"])
+        highest = tokenizer.encoding.max_token_value
+        if highest >= config.vocab_size:
+            raise ValueError(f"it has token {highest} where the embedding has {config.vocab_size}")
+    return tokenizer

@@ -1,145 +1,410 @@
 """Write answers with a trained memory: python sample.py [--prompt TEXT] [--show-steps]
 
-Takes the newest checkpoint in out/, or --init llada, dream, ... and --memory FILE. A text with
-blanks is completed by --infill, one token for each underscore. --html FILE writes one page that
-shows every denoising step, with the memory and without.
+Takes the newest run in out/, else the trained tiny model that comes with this repository; or --init
+llada, dream, ... and --memory FILE. --think N lets the memory work for N passes before the first
+token is written. --infill completes an answer with blanks, --html writes a page of every pass.
+
+The other programs take from here what they share: options, opening models, the end of a program.
 """
-import argparse
-import re
+import signal
 import sys
-from html import escape
+
+if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
+import argparse
+import codecs
+import hashlib
+import json
+import os
+import re
+import shutil
+import textwrap
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from diffusion import DREAM_REMASKING, LLADA_REMASKING, generate
-from eval_gsm8k import PROTOCOLS, dial_problems
-from metastate import model_arguments, open_models
-from model import Backbone, Tokenizer, ensure, run_program, start_device, write_atomically
+from diffusion import DREAM_REMASKING, LLADA_REMASKING, Pass, Sampling, generate
+from metastate import MetaState, load_checkpoint, load_memory
+from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
+                   load_backbone, load_tokenizer, read_config, write_atomically)
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>MetaState by steps</title>
-<style>
-:root { color-scheme: light dark; font: 15px system-ui, sans-serif }
-body { max-width: 75em; margin: 1.5em auto; padding: 0 1em }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24em, 1fr)); gap: 2em }
-.text { font: 14px/2 monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.text span { border-radius: 3px; padding: 2px 1px } .now { outline: 2px solid }
-.text .later { color: transparent; background: #8884 !important } svg .later { visibility: hidden }
-input, svg { width: 100% } svg { height: 9em; outline: 1px solid }
-rect { fill: hsl(265 80% 55%); shape-rendering: crispEdges }
-</style>
-<h1>Denoising, step by step</h1>
-<label>step <output></output> (arrow keys)<input type="range" min="0" max="LAST"></label>
-<p>Hue: the step that revealed a token. Opacity: how sure it was. Outlined: new in this step. Grey:
-masked. &#8718; end of text.</p>
-<main>RUNS</main>
-<script>
-const slider = document.querySelector("input"), marked = document.querySelectorAll("[data-k]");
-function show(k) {
-  slider.value = k; document.querySelector("output").value = slider.value;
-  for (const e of marked) {
-    e.classList.toggle("later", +e.dataset.k > slider.value);
-    e.classList.toggle("now", e.tagName == "SPAN" && e.dataset.k == slider.value); } }
-slider.oninput = () => show(slider.value);
-document.onkeydown = event => {
-  const d = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-  if (d) { event.preventDefault(); show(+slider.value + d); } };
-show(0);
-</script></html>
-"""
+ASSETS = Path(__file__).parent / "assets"
 
-def heat_map(what: str, rows: list[list[float]]) -> str:
-    """One number for every slot (down) and step (across), marked with the step."""
-    top = max(map(max, rows)) or 1
-    cells = (f'<rect data-k="{k + 1}" x="{k}" y="{i}" width="1" height="1" opacity="{x / top}"/>'
-             for k, row in enumerate(rows) for i, x in enumerate(row))
-    return (f'<p>{what} of the memory: slots down, steps across</p><svg viewBox="0 0 {len(rows)} '
-            f'{len(rows[0])}" preserveAspectRatio="none">{"".join(cells)}</svg>')
+# -------------------------------------------------------------------- WHAT ALL PROGRAMS SHARE
 
-def run(name: str, ids: torch.Tensor, gen_length: int, tokenizer: Tokenizer, backbone: Backbone,
-        show: bool, **settings) -> tuple[torch.Tensor, int, str]:
-    """generate's ids; how many steps it took; and the first sample by steps, as HTML."""
-    c, start = backbone.config, F.pad(ids[0], (0, gen_length), value=backbone.config.mask_id)
-    special = {c.mask_id: "\u2591", c.eos_id: "\u220e"}
-    by_step, sure = torch.zeros_like(start), torch.zeros(start.shape, device=start.device)
-    first, traces = int((start == c.mask_id).nonzero()[0]), []
 
-    def pieces(ids: torch.Tensor) -> list[str]:
-        return [special.get(i) or tokenizer.decode([i]) for i in ids.tolist()]
+def run_program(main: Callable[[], None], if_interrupted: str) -> None:
+    """Call a program's main. Whatever ends it early, it ends with one sentence: exit status 1, or
+    130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")           # a terminal may know ASCII only
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except (MemoryError, torch.OutOfMemoryError):
+        sys.exit("error: the memory of this machine or device is too small; take smaller batches, "
+                 "a shorter --max-length or --gen-length")
+    except OSError as error:           # standard output: a closed pipe, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: the output cannot be written ({error.strerror})")
 
-    def on_step(canvas, revealed, confidence, trace) -> None:
-        traces.append({key: value[0].tolist() for key, value in trace[0].items()} if trace else {})
-        by_step[revealed[0]] = len(traces)
-        value = confidence[0, revealed[0]].float()
-        sure[revealed[0]] = torch.where(value > 0, value, value.exp()).clamp(max=1)   # of -entropy
-        if show:
-            change = traces[-1].get("slot_change", [])
-            bar = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in change)
-            print(f"{len(traces):4d} |{bar}| {''.join(pieces(canvas[0, first:]))!r}")
 
-    out = generate(backbone, ids, gen_length=gen_length, on_step=on_step, **settings)
-    spans = [escape(text) if not k else
-             f'<span data-k="{k}" title="step {k}, {p:.3f}" style="background: hsl('
-             f'{360 * (k - 1) // len(traces)} 80% 50% / {.15 + p / 2})">{escape(text)}</span>'
-             for text, k, p in zip(pieces(out[0]), by_step.tolist(), sure.tolist())]
-    maps = [heat_map(key.replace("_", " "), [trace[key] for trace in traces])
-            for key in ("slot_change", "update_gate") if traces[0]]
-    return out, len(traces), "".join([f'<section><h2>{name}</h2><p class="text">', *spans[:first],
-                                      '</p><p class="text">', *spans[first:], "</p>", *maps,
-                                      "</section>"])
+def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
+    """A type for argparse: a number from low to high, which nan is not."""
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__     # argparse names it where the text is no number at all
+    return parse
+
+
+COUNT = number(int, 1, 10 ** 9)
+COUNT_OR_ZERO = number(int, 0, 10 ** 9)
+SEED = number(int, 0, 2 ** 32)
+SHARE = number(float, 0, 1)
+POSITIVE = number(float, 1e-30, 1e30)
+NOT_NEGATIVE = number(float, 0, 1e6)
+
+
+class Processes(NamedTuple):
+    """This process among those that torchrun started; alone without it."""
+    rank: int
+    world: int
+
+
+def start_device(name: str | None) -> tuple[torch.device, Processes]:
+    """The device, the best there is without a name. Under torchrun the process group is opened."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with blame(f"--device {name}", f"try --device {best}"):
+        device = torch.device(name or best)
+        if device == torch.device("cuda"):             # no index: every process has its own
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.empty(1, device=device)
+    processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if processes.world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend)
+    return device, processes
+
+
+# ------------------------------------------------------------------------------ OPENING MODELS
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", help="cpu, cuda, mps (default: the best there is)")
+    add("--compile", action="store_true", help="torch.compile the backbone's layers")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models").add_argument
+    add("--init", metavar="MODEL", help=f"{', '.join(PRESETS)}, a run's folder or a checkpoint "
+        "folder (default: the newest run in out/, else assets/tiny)")
+    add("--weights", type=Path, metavar="FOLDER", help="the weights of --init, else found or "
+        "downloaded")
+    add("--memory", type=Path, metavar="FILE", help="a memory.pt that train.py wrote")
+    add("--no-memory", action="store_true", help="the frozen backbone alone")
+    add("--any-backbone", action="store_true", help="take a memory trained on another backbone")
+    add_device_options(parser)
+
+
+class Choice(NamedTuple):
+    """Which models were asked for; nothing is loaded or fetched yet."""
+    name: str                          # a preset's, or a folder
+    weights: str | Path                # a preset's name, or a folder
+    memory: Path | None
+
+    @property
+    def kind(self) -> str:
+        if str(self.weights) in PRESETS:
+            return PRESETS[str(self.weights)].config.kind
+        return read_config(Path(self.weights)).kind
+
+
+def newest_memory() -> Path:
+    runs = sorted(Path("out").glob("*/memory.pt"), key=lambda path: path.stat().st_mtime)
+    path = runs[-1] if runs else ASSETS / "tiny" / "memory.pt"
+    print(f"model: {path.parent}", file=sys.stderr)
+    return path
+
+
+def choose_models(args: argparse.Namespace) -> Choice:
+    """What the options of add_model_options mean."""
+    name, path = args.init, args.memory
+    if path is None and name in (None, "tiny"):
+        path, name = newest_memory(), None
+    elif path is None and (Path(name) / "memory.pt").is_file():
+        path, name = Path(name) / "memory.pt", None
+    own_backbone = path and path.parent / "backbone"   # of a tiny run
+    if path and (name is None or name == "tiny"):
+        state = load_checkpoint(path)
+        with blame(path, "give a memory.pt that train.py wrote"):
+            name = str(state["backbone"]["name"])
+    weights = args.weights or name
+    if name == "tiny" and args.weights is None:
+        weights = own_backbone
+    known = str(weights) in PRESETS or Path(weights).is_dir()
+    ensure(known, f"there is no folder {weights}, and it is none of {', '.join(PRESETS)}; give one "
+           "of these, or a folder with config.json and weights")
+    if path and args.memory:
+        load_checkpoint(path)                          # before anything large is fetched
+    return Choice(name, weights, None if args.no_memory else path)
+
+
+class Models(NamedTuple):
+    backbone: Backbone
+    tokenizer: Tokenizer
+    memory: MetaState | None
+    identity: dict[str, str | None]    # names and digests: what an evaluation was made with
+
+
+def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) -> Models:
+    """Load what was chosen; weights that are not on this machine are fetched first."""
+    backbone = load_backbone(choice.weights, device=device)
+    tokenizer = load_tokenizer(choice.weights)
+    if args.compile:
+        backbone.compile_layers()
+    memory, memory_digest = None, None
+    if choice.memory:
+        memory = load_memory(choice.memory, backbone, any_backbone=args.any_backbone)
+        memory_digest = hashlib.sha256(choice.memory.read_bytes()).hexdigest()[:16]
+    identity = {"init": choice.name, "backbone": backbone.digest(), "memory": memory_digest}
+    return Models(backbone, tokenizer, memory, identity)
+
+
+# ---------------------------------------------------------------------------- SAMPLING OPTIONS
+
+SAMPLING_OPTIONS = {
+    "gen_length": dict(type=COUNT, help="tokens of the answer"),
+    "steps": dict(type=COUNT, help="passes that reveal tokens"),
+    "block_length": dict(type=COUNT, help="write the answer block by block"),
+    "think": dict(type=number(int, 0, 10 ** 5), help="passes before the first token is revealed"),
+    "threshold": dict(type=SHARE, help="reveal whatever is surer, in as many passes as it takes"),
+    "remasking": dict(choices=LLADA_REMASKING + DREAM_REMASKING, help="how tokens are chosen"),
+    "temperature": dict(type=NOT_NEGATIVE),
+    "top_p": dict(type=SHARE, help="for Dream's ways of remasking, as the next two"),
+    "top_k": dict(type=COUNT),
+    "alg_temp": dict(type=NOT_NEGATIVE, help="reveal at random, the surer the sooner"),
+    "cfg_scale": dict(type=NOT_NEGATIVE, help="guidance by the prompt"),
+    "logits_eos_inf": dict(action="store_const", const=True, help="never write end-of-text"),
+    "confidence_eos_eot_inf": dict(action="store_const", const=True, help="end of text comes last"),
+}
+SAMPLING_DEFAULTS = {
+    "tiny": dict(gen_length=20, steps=5),
+    "llada": dict(gen_length=128, block_length=32),
+    "dream": dict(gen_length=128, remasking="entropy"),
+}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group(f"sampling (default: {default})")
+    for name, option in SAMPLING_OPTIONS.items():
+        group.add_argument("--" + name.replace("_", "-"), **option)
+    parser.add_argument("--seed", type=SEED, default=0)
+
+
+def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
+    """The largest block up to at_most whose blocks fill gen_length and share out steps."""
+    for block_length in range(min(at_most, gen_length), 0, -1):
+        n_blocks, rest = divmod(gen_length, block_length)
+        if rest == 0 and steps % n_blocks == 0:
+            return block_length
+    return gen_length
+
+
+def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
+    """The settings of a Sampling: defaults, and over them what was asked for on the command line.
+    One pass for each token unless steps are given. Raises InputError if they do not go together."""
+    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS
+             if getattr(args, name) is not None}
+    settings = defaults | given
+    settings.setdefault("steps", max(1, settings["gen_length"]))
+    if "block_length" in defaults and "block_length" not in given:
+        settings["block_length"] = fitting_block(settings["gen_length"], settings["steps"],
+                                                 at_most=defaults["block_length"])
+    Sampling(**settings)
+    return settings
+
+
+# --------------------------------------------------------------------------- WATCHING A SAMPLE
+
+MASKED = "\u2591"
+
+
+def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """The text of every token. A character of several tokens, an emoji for example, stands at its
+    last one; control tokens have no text."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return ["" if i in tokenizer.hidden else decoder.decode(tokenizer.token_bytes(i)) for i in ids]
+
+
+class Recorder:
+    """Keeps what happens to the first sample, pass by pass, and shows it when asked to."""
+
+    def __init__(self, models: Models, n_prompt: int, with_memory: bool, show: bool):
+        self.tokenizer = models.tokenizer
+        self.mask_id = models.backbone.config.mask_id
+        self.n_prompt = n_prompt
+        self.show = show
+        self.slots = models.memory.initial(1)[0] if with_memory else None      # (M, d)
+        self.passes: list[dict] = []
+
+    def on_step(self, canvas: Tensor, found: Pass) -> None:
+        answer = slice(self.n_prompt, None)
+        guess = torch.where(found.eligible, found.guess, canvas)[0, answer].tolist()
+        confidence = found.confidence[0, answer]
+        # Dream's entropy is negative; its exponential lies between 0 and 1 as a probability does
+        strength = torch.where(confidence < 0, confidence.exp(), confidence)
+        change = []
+        if self.slots is not None:
+            new_slots = found.slots[0]                                 # (M, d)
+            change = (new_slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)
+            change = [round(x, 3) for x in change.tolist()]
+            self.slots = new_slots
+        self.passes.append({
+            "texts": token_texts(self.tokenizer, guess),
+            "masked": (canvas[0, answer] == self.mask_id).tolist(),
+            "revealed": found.revealed[0, answer].tolist(),
+            "strength": [round(x, 3) for x in strength.tolist()],
+            "change": change,
+        })
+        if self.show:
+            self.print_pass(self.passes[-1])
+
+    def print_pass(self, found: dict) -> None:
+        if len(self.passes) == 1:
+            print("pass |how much each slot of the memory changes| the answer; in brackets: not "
+                  "written, only thought")
+        bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in found["change"])
+        if any(found["revealed"]):
+            texts = [MASKED if masked else text
+                     for text, masked in zip(found["texts"], found["masked"])]
+            answer = "".join(texts)
+        else:
+            answer = "(" + "".join(found["texts"]).strip() + ")"
+        begin = f"{len(self.passes):4d} |{bars}| "
+        width = max(40, shutil.get_terminal_size().columns - 1)
+        lines = textwrap.wrap(answer.replace("\n", " / "), width, initial_indent=begin,
+                              subsequent_indent=" " * len(begin), drop_whitespace=False)
+        print("\n".join(lines or [begin]))
+
+
+def write_page(path: Path, content: dict) -> None:
+    """The page of a sample: the template with the content in it, as one file."""
+    template = (ASSETS / "page.html").read_text("utf-8")
+    text = json.dumps(content).replace("<", "\\u003c")         # no text can end the script
+    with write_atomically(path) as file:
+        file.write(template.replace('"CONTENT"', text, 1).encode())
+
+
+# ----------------------------------------------------------------------------------- THE PROGRAM
+
+class Example(NamedTuple):
+    prompt: str
+    answer: str
+
+
+ARITHMETIC = Example("Lily runs 12 kilometers per hour for 4 hours. How far is that?", "48")
+EXAMPLES = {
+    "tiny": Example("The dial shows 2. Press green, then press green, then press white, then press "
+                    "white.", "8"),
+    "llada": ARITHMETIC,
+    "dream": ARITHMETIC,
+}
+
+
+def is_right(text: str, answer: str | None) -> bool | None:
+    """Whether the last number of a text is the answer; None where no answer is known."""
+    if answer is None:
+        return None
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_options(parser)
+    add = parser.add_argument_group("text").add_argument
+    add("--prompt", help="what the user says (default: an example)")
+    add("--answer", help="the number that is right, for the page (default: the example's)")
+    add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _")
+    add("--num-samples", type=number(int, 1, 10 ** 4), default=1)
+    add("--show-steps", action="store_true", help="print every pass, and the change of each slot")
+    add("--html", type=Path, metavar="FILE", help="write every pass as a page")
+    add_sampling_options(parser, "the model's own")
+    return parser.parse_args()
+
+
+def canvas_ids(tokenizer: Tokenizer, prompt: str, infill: str | None, mask_id: int
+               ) -> tuple[list[int], int]:
+    """Ids of the prompt and, with infill, of an answer whose blanks are masks; and how many of them
+    belong to the prompt."""
+    ids = tokenizer.chat([{"role": "user", "content": prompt}])
+    n_prompt = len(ids)
+    for part in re.split("(_)", infill or ""):
+        ids += [mask_id] if part == "_" else tokenizer.encode(part, special=False)
+    return ids, n_prompt
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    model_arguments(parser)
-    add = parser.add_argument_group("text").add_argument
-    add("--prompt", help="what the user says (default for tiny: one of the built-in problems)")
-    add("--infill", metavar="TEXT", help="complete this text in place, a token for each _")
-    add("--num-samples", type=int, default=1)
-    add("--show-steps", action="store_true", help="print every step, and the change of each slot")
-    add("--html", type=Path, metavar="FILE", help="write the steps as a page")
-    add = parser.add_argument_group("sampling").add_argument
-    add("--gen-length", type=int, help="tokens of the answer (default: 20 for tiny, else 128)")
-    add("--steps", type=int, help="denoising steps (default: 5 for tiny, else one a token)")
-    add("--block-length", type=int, help="default: all at once for tiny and Dream, else 32")
-    add("--temperature", type=float, default=0.0)
-    add("--threshold", type=float, help="reveal whatever is surer, in as many steps as it takes")
-    add("--remasking", choices=LLADA_REMASKING + DREAM_REMASKING, help="default: the model's own")
-    add("--seed", type=int, default=0)
-    args = parser.parse_args()
-    device, _, _ = start_device(args.device)
-    backbone, tokenizer, memory, _ = open_models(args, device)
-    c, gen_length, prompt = backbone.config, 0, args.prompt
-    tiny = PROTOCOLS["dial"].settings if c.kind == "tiny" else {}
-    if args.infill is None:
-        if prompt is None and tiny:
-            prompt = dial_problems("test", 1 + args.seed)[-1]["question"]
-        ensure(prompt, "there is no prompt; say what to answer with --prompt TEXT")
-        ids = tokenizer.chat([{"role": "user", "content": prompt}])
-        gen_length = args.gen_length or tiny.get("gen_length", 128)
-        print(prompt)
-    else:
-        ensure("_" in args.infill, "--infill has no blank; write one _ for each token to fill in")
-        ids = [i for part in re.split("(_)", args.infill)
-               for i in ([c.mask_id] if part == "_" else tokenizer.encode(part, special=False))]
-    settings = dict(
-        gen_length=gen_length, threshold=args.threshold, temperature=args.temperature,
-        steps=args.steps or tiny.get("steps") or gen_length or ids.count(c.mask_id),
-        block_length=args.block_length or (32 if c.kind == "llada" and gen_length else None),
-        remasking=args.remasking or ("entropy" if c.kind == "dream" else "low_confidence"),
-        seeds=range(args.seed, args.seed + args.num_samples), tokenizer=tokenizer,
-        backbone=backbone, ids=torch.tensor([ids] * args.num_samples, device=device))
-    out, last, page = run("With memory" if memory else "Without memory", memory=memory,
-                          show=args.show_steps, **settings)
-    for row in out.tolist():
-        print(tokenizer.decode(row[len(ids):] if gen_length else row, skip_special=True))
+    # 1. everything that can be wrong without a model
+    args = arguments()
+    choice = choose_models(args)
+    example = EXAMPLES[choice.kind]
+    prompt = example.prompt if args.prompt is None else args.prompt
+    answer = example.answer if args.prompt is None else args.answer
+    defaults = dict(SAMPLING_DEFAULTS[choice.kind])
+    if args.infill is not None:
+        n_blanks = args.infill.count("_")
+        ensure(n_blanks, "--infill has no blank; write one _ for each token to fill in")
+        defaults = dict(gen_length=0, steps=n_blanks,
+                        remasking=defaults.get("remasking", "low_confidence"))
+    settings = sampling_settings(args, defaults)
     if args.html:
-        if memory:
-            _, steps, other = run("Without memory", show=False, **settings)
-            last, page = max(last, steps), page + other
-        text = PAGE.replace("LAST", str(last)).replace("RUNS", page)
-        write_atomically(args.html, lambda file: file.write(text.encode()))
+        check_output(args.html)
+
+    # 2. the answers
+    device, _ = start_device(args.device)
+    models = open_models(choice, args, device)
+    ids, n_prompt = canvas_ids(models.tokenizer, prompt, args.infill,
+                               models.backbone.config.mask_id)
+    prompt_ids = torch.tensor([ids] * args.num_samples, device=device)
+    seeds = range(args.seed, args.seed + args.num_samples)
+    print(prompt)
+    runs = [("with memory", models.memory)] if models.memory else []
+    if args.html or not models.memory:
+        runs.append(("without memory", None))
+    page = []
+    for name, memory in runs:
+        is_first = name == runs[0][0]
+        recorder = Recorder(models, n_prompt, with_memory=memory is not None,
+                            show=args.show_steps and is_first)
+        out = generate(models.backbone, prompt_ids, memory=memory, seeds=seeds,
+                       on_step=recorder.on_step, **settings)
+        texts = [models.tokenizer.decode(row[n_prompt:], skip_special=True) for row in out.tolist()]
+        page.append({"name": name, "right": is_right(texts[0], answer), "passes": recorder.passes})
+        if is_first:
+            print("\n".join(texts))
+
+    # 3. the page
+    if args.html:
+        about = f"{choice.name}, memory {choice.memory}, seed {args.seed}, {settings}"
+        write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,
+                               "think": settings.get("think", 0), "runs": page})
         print(f"{args.html}: open it in a browser", file=sys.stderr)
 
+
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, if_interrupted="nothing is kept, the same command begins again")

@@ -1,319 +1,532 @@
-"""Train the memory of a frozen backbone: python train.py [--init llada --data FILE.jsonl]
+"""Train the memory of a frozen backbone: python train.py [--init llada]
 
 Without arguments, on any machine: trains the tiny backbone on the built-in problems, freezes it,
 trains MetaState on it by K-step unrolling and the same modules without persistence as a control,
-evaluates all of them and prints one table. torchrun --nproc-per-node N train.py ... shares every
-batch out. All random draws follow from seed, step and row, so that a resumed run, or one on more
-processes, sees what an uninterrupted one sees.
+evaluates all of them and prints two tables. With --init llada or dream: fetches the weights and
+50,000 conversations of Tulu-3, and trains the memory. torchrun --nproc-per-node N train.py ...
+shares every batch out. All random draws follow from seed, step and row, so that a resumed run, or
+one on more processes, sees what an uninterrupted one sees.
 """
+import signal
+import sys
+
+if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+
 import argparse
 import json
 import math
-import signal
-import sys
+import os
+import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, replace
-from functools import lru_cache, partial
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from diffusion import diffusion_loss, unroll
-from eval_gsm8k import PROTOCOLS, dial_problems, evaluate, paired_interval, read_jsonl
-from metastate import (MetaState, compile_layers, load_checkpoint, model_arguments, preset,
-                       save_checkpoint)
-from model import (TINY, Backbone, Tokenizer, blame, ensure, load_backbone, load_tokenizer,
-                   run_program, save_backbone, start_device, write_atomically)
+from eval_gsm8k import (PROTOCOLS, WORDS, Bench, contestants, dial_problems, gsm8k_file, read_jsonl,
+                        schedule_table, thinking_table)
+from metastate import MetaState, load_checkpoint, preset, save_checkpoint
+from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, ensure, fetch_json,
+                   load_backbone, load_tokenizer, locked, read_config, save_backbone,
+                   tiny_tokenizer, write_atomically)
+from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
+                    run_program, start_device)
 
 DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, confident=1.0, iters=1800, batch=64, accumulate=1, lr=3e-3, max_length=64),
-    "8b": dict(K=4, confident=0.0, iters=3000, batch=16, accumulate=16, lr=3e-4, max_length=1024),
+    "tiny": dict(K=6, confident=1.0, think=12, iters=900, batch=64, accumulate=1, lr=3e-3,
+                 max_length=64),
+    "8b": dict(K=4, confident=0.0, think=12, iters=3000, batch=16, accumulate=16, lr=3e-4,
+               max_length=1024),
 }
-WARMUP, WEIGHT_DECAY, CLIP = 100, 0.01, 1.0
-EVAL_STEPS = (20, 10, 8, 5, 4)
+THINK_SHARE = 0.5                  # of the batches begin with passes that reveal nothing
+VISIBLE_SHARE = 0.1                # of the maskable tokens teach the tiny backbone though visible
+WARMUP = 100
+WEIGHT_DECAY = 0.01
+BETAS = (0.9, 0.99)
+CLIP = 1.0
 
-def read_example(item: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(prompt ids, answer ids) of {question, answer}, of {messages: [{role, content}, ...]} up to
-    its last assistant turn, or of {prompt, completion}. Raises ValueError with the reason."""
-    def is_text(item: object, *keys: str) -> bool:
-        return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
+# ---------------------------------------------------------------------------------------- DATA
 
+
+class Text(NamedTuple):
+    """An example before it is tokenised."""
+    prompt: list[dict[str, str]] | str     # the turns of a chat, or plain text
+    answer: str
+
+
+def is_text(item: object, *keys: str) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
+
+
+def read_text(item: dict) -> Text:
+    """{question, answer}, {messages: [{role, content}, ...]} up to its last assistant turn, or
+    {prompt, completion}. Raises ValueError with the reason."""
     if "messages" in item:
         turns = item["messages"]
-        if not (isinstance(turns, list) and all(is_text(m, "role", "content") for m in turns)):
+        if not isinstance(turns, list) or not all(is_text(m, "role", "content") for m in turns):
             raise ValueError("messages is no list of {role, content}, both text")
         while turns and turns[-1]["role"] != "assistant":
             turns = turns[:-1]
         if len(turns) < 2:
             raise ValueError("messages has no assistant turn after another turn")
-        prompt, answer = tokenizer.chat(turns[:-1]), turns[-1]["content"]
-    elif is_text(item, "question", "answer"):
-        prompt = tokenizer.chat([{"role": "user", "content": item["question"]}])
-        answer = item["answer"]
-    elif is_text(item, "prompt", "completion"):
-        prompt, answer = tokenizer.encode(item["prompt"], special=False), item["completion"]
-    else:
-        raise ValueError("it has none of question/answer, messages, prompt/completion as text")
-    return prompt, tokenizer.encode(answer, special=False)
+        return Text(turns[:-1], turns[-1]["content"])
+    if is_text(item, "question", "answer"):
+        return Text([{"role": "user", "content": item["question"]}], item["answer"])
+    if is_text(item, "prompt", "completion"):
+        return Text(item["prompt"], item["completion"])
+    raise ValueError("it has none of question/answer, messages, prompt/completion as text")
 
-def read_examples(items: list[tuple[int, dict]], name: str, tokenizer: Tokenizer, eos_id: int,
-                  max_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids of numbered items, tokenised on all cores (tiktoken leaves Python's lock); what is
-    longer than max_length is dropped, with a count."""
-    def one(pair: tuple[int, dict]) -> tuple[np.ndarray, np.ndarray]:
-        with blame(f"{name} line {pair[0]}", "mend or remove it"):
-            prompt, answer = read_example(pair[1], tokenizer)
-        return np.array(prompt, np.int32), np.array(answer + [eos_id], np.int32)
+
+def read_texts(path: Path) -> list[Text]:
+    texts = []
+    for number, item in read_jsonl(path):
+        with blame(f"{path} line {number}", "mend or remove it"):
+            texts.append(read_text(item))
+    return texts
+
+
+TULU = "allenai/tulu-3-sft-mixture"    # ODC-BY
+TULU_ROWS = 50_000                     # as many as the paper took
+WINDOW = 100                           # rows of one call, the most that the server gives
+PAUSE = 0.7                            # seconds between calls: 500 in 5 minutes are allowed
+
+
+def tulu_file() -> Path:
+    """50,000 conversations of the Tulu-3 SFT mixture as JSON lines, fetched once."""
+    path = cache_folder() / "tulu-3" / "conversations.jsonl"
+    if not path.exists():
+        with locked(path.with_name("lock"), wait=True,
+                    message=f"waiting: another process fetches {path}"):
+            if not path.exists():
+                fetch_tulu(path, TULU_ROWS)
+    return path
+
+
+def fetch_tulu(path: Path, n_rows: int, seed: int = 0) -> None:
+    """Windows of consecutive rows at random offsets, since the rows may be sorted by source. Every
+    window is a file, so that an interrupted fetch goes on; at the end they are joined, and the
+    offsets and the revision are written beside them."""
+    server = os.environ.get("HF_DATASETS_SERVER", "https://datasets-server.huggingface.co")
+    url = f"{server}/rows?dataset={TULU.replace('/', '%2F')}&config=default&split=train"
+    windows, about_path = path.with_name("windows"), path.with_name("about.json")
+    first, headers = fetch_json(f"{url}&offset=0&length=1")
+    revision, n_total = headers.get("X-Revision"), first["num_rows_total"]
+    order = np.random.default_rng(seed).permutation(n_total // WINDOW)
+    windows = windows / str(revision)                  # rows of two revisions are never mixed
+    lines, offsets = [], []
+    bar = tqdm(total=n_rows, desc=TULU, unit=" conversations", disable=None)
+    for window in order.tolist():
+        offset = window * WINDOW
+        part = windows / f"{offset}.jsonl"
+        if not part.exists():
+            time.sleep(PAUSE)
+            found, headers = fetch_json(f"{url}&offset={offset}&length={WINDOW}")
+            ensure(headers.get("X-Revision") == revision, f"{TULU} was changed while it was "
+                   "fetched; run again, it begins anew")
+            with blame(f"{url}&offset={offset}", "run again later"):
+                conversations = [row["row"] for row in found["rows"]]
+            with write_atomically(part) as file:
+                for conversation in conversations:
+                    if is_usable(conversation):
+                        text = json.dumps({"messages": conversation["messages"]})
+                        file.write(text.encode() + b"\n")
+        kept = part.read_bytes().splitlines(keepends=True)
+        lines += kept
+        offsets.append(offset)
+        bar.update(len(kept))
+        if len(lines) >= n_rows:
+            break
+    bar.close()
+    ensure(len(lines) >= n_rows, f"{TULU} has {len(lines):,} conversations where {n_rows:,} are "
+           "wanted; give a file of your own by --data")
+    about = {"dataset": TULU, "revision": revision, "seed": seed, "window": WINDOW,
+             "offsets": offsets}
+    with write_atomically(about_path) as file:
+        file.write(json.dumps(about).encode())
+    with write_atomically(path) as file:
+        file.writelines(lines[:n_rows])
+    shutil.rmtree(windows.parent)
+
+
+def is_usable(conversation: dict) -> bool:
+    try:
+        read_text(conversation)
+    except ValueError:
+        return False
+    return "messages" in conversation
+
+
+class TokenIds(NamedTuple):
+    """An example: its prompt and its answer, which ends with end-of-text."""
+    prompt: np.ndarray
+    answer: np.ndarray
+
+
+def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: int
+             ) -> list[TokenIds]:
+    """On all cores (tiktoken leaves Python's lock); what is longer than max_length is dropped, with
+    a count. Raises InputError if nothing is left."""
+    def one(text: Text) -> TokenIds:
+        if isinstance(text.prompt, str):
+            prompt = tokenizer.encode(text.prompt, special=False)
+        else:
+            prompt = tokenizer.chat(text.prompt)
+        answer = tokenizer.encode(text.answer, special=False) + [eos_id]
+        return TokenIds(np.array(prompt, np.int32), np.array(answer, np.int32))
 
     with ThreadPoolExecutor() as pool:
-        examples = list(tqdm(pool.map(one, items), desc="tokenise", total=len(items), leave=False))
-    fitting = [(p, a) for p, a in examples if len(p) + len(a) <= max_length]
-    if len(fitting) < len(items):
-        print(f"{name}: {len(items) - len(fitting):,} of {len(items):,} examples are longer than "
-              f"{max_length} tokens and dropped", file=sys.stderr)
-    ensure(fitting, f"{name} has no example of at most {max_length} tokens; raise --max-length")
+        found = pool.map(one, texts)
+        examples = list(tqdm(found, desc="tokenise", total=len(texts), leave=False, disable=None))
+    fitting = [e for e in examples if len(e.prompt) + len(e.answer) <= max_length]
+    dropped = len(examples) - len(fitting)
+    if dropped:
+        print(f"{dropped:,} of {len(examples):,} examples are longer than {max_length} tokens and "
+              "dropped", file=sys.stderr)
+    ensure(fitting, f"no example has at most {max_length} tokens; raise --max-length")
     return fitting
+
 
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
-    def __init__(self, examples: list, batch: int, *, seed: int, pad_id: int, answer_length: int,
-                 K: int, alpha: float, confident: float):
-        self.examples, self.batch, self.seed, self.pad_id = examples, batch, seed, pad_id
-        self.K, self.alpha, self.confident = K, alpha, confident
-        self.lengths = np.array([len(p) + max(len(a), answer_length) for p, a in examples])
+
+    def __init__(self, examples: list[TokenIds], batch: int, *, seed: int, pad_id: int,
+                 answer_length: int, K: int, alpha: float, confident: float, think: int):
+        self.examples = examples
+        self.batch = batch
+        self.seed = seed
+        self.pad_id = pad_id
+        self.K, self.alpha, self.confident, self.think = K, alpha, confident, think
+        lengths = [len(e.prompt) + max(len(e.answer), answer_length) for e in examples]
+        self.lengths = np.array(lengths)
         self.per_epoch = max(1, len(examples) // batch)
         self.epoch = lru_cache(1)(self.shuffle)
 
     def shuffle(self, epoch: int) -> np.ndarray:
+        """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
+        they are sorted by length, which keeps padding small; the batches are shuffled again."""
         rng = np.random.default_rng((self.seed, epoch))
-        rows = np.resize(rng.permutation(len(self.examples)), self.per_epoch * self.batch)
-        windows = np.split(rows, range(64 * self.batch, len(rows), 64 * self.batch))
-        rows = np.concatenate([w[np.argsort(self.lengths[w], kind="stable")] for w in windows])
-        return rng.permutation(rows.reshape(self.per_epoch, self.batch))
+        order = rng.permutation(len(self.examples))
+        order = np.resize(order, self.per_epoch * self.batch)
+        size = 64 * self.batch
+        windows = [order[i:i + size] for i in range(0, len(order), size)]
+        by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
+        return rng.permutation(np.concatenate(by_length).reshape(self.per_epoch, self.batch))
 
-    def __call__(self, step: int, part: slice, device: torch.device) -> dict[str, Tensor]:
-        """Rows `part` of the batch of a step: ids, maskable (B, T) and every random draw."""
+    def row(self, step: int, b: int, example: TokenIds, T: int) -> dict:
+        """Row b of a step's batch, padded to T tokens, with every random draw that it needs."""
+        n_prompt, n_answer = len(example.prompt), len(example.answer)
+        ids = np.full(T, self.pad_id)
+        ids[:n_prompt] = example.prompt
+        ids[n_prompt:n_prompt + n_answer] = example.answer
+        rng = np.random.default_rng((self.seed, step, b))
+        t = (b + rng.random()) / self.batch            # stratified: the batch covers [0, 1)
+        noise = rng.random(T, np.float32)
+        shares = rng.dirichlet([self.alpha] * self.K)
+        return {
+            "ids": ids,                                # (T,)
+            "maskable": np.arange(T) >= n_prompt,      # the padding, end-of-text, is to be learned
+            "t": np.float32(t),
+            "noise": noise,
+            "counts": rng.multinomial(T - n_prompt, shares),   # (K,)
+            "by_confidence": rng.random() < self.confident,
+        }
+
+    def __call__(self, step: int, part: slice, device: torch.device) -> dict:
+        """Rows `part` of the batch of a step: tensors with B first, and how long to think."""
         epoch, i = divmod(step, self.per_epoch)
-        T, columns = self.lengths[self.epoch(epoch)[i]].max(), []
-        for b in range(self.batch)[part]:
-            prompt, answer = self.examples[self.epoch(epoch)[i, b]]
-            ids = np.full(T, self.pad_id)
-            ids[:len(prompt)], ids[len(prompt):][:len(answer)] = prompt, answer
-            maskable = np.arange(T) >= len(prompt)     # the padding, end-of-text, is to be learned
-            rng = np.random.default_rng((self.seed, step, b))
-            t, noise = np.float32((b + rng.random()) / self.batch), rng.random(T, np.float32)
-            counts = rng.multinomial(T - len(prompt), rng.dirichlet([self.alpha] * self.K))
-            columns.append((ids, maskable, t, noise, counts, rng.random() < self.confident))
-        names = ("ids", "maskable", "t", "noise", "counts", "by_confidence")
-        return {name: torch.from_numpy(np.stack(values)).to(device)
-                for name, values in zip(names, zip(*columns))}
+        chosen = self.epoch(epoch)[i]
+        T = self.lengths[chosen].max()
+        rows = [self.row(step, b, self.examples[chosen[b]], T) for b in range(self.batch)[part]]
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
+                 for name in rows[0]}
+        rng = np.random.default_rng((self.seed, step))
+        thinks = rng.random() < THINK_SHARE
+        batch["think"] = int(rng.integers(self.think + 1)) if thinks else 0
+        return batch
 
-class Objective(nn.Module):
-    """A module and its loss as one forward, which DistributedDataParallel needs. The frozen
-    backbone stays outside: loss closes over it."""
-    def __init__(self, model: nn.Module, loss: Callable):
-        super().__init__()
-        self.model, self.loss = model, loss
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        return self.loss(self.model, **batch)
+# ---------------------------------------------------------------------------------------- LOOP
 
-def backbone_loss(backbone: Backbone, *, ids, maskable, t, noise, **_) -> tuple:
+def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
     # A visible token predicts itself: what the Injector writes does not unsay its own position.
-    loss = diffusion_loss(backbone, ids, maskable, t, noise, keep=0.1)
+    loss = diffusion_loss(backbone, batch["ids"], batch["maskable"], batch["t"], batch["noise"],
+                          visible_share=VISIBLE_SHARE)
     return loss, loss.detach()[None]
 
-def memory_loss(memory: MetaState, *, backbone: Backbone, t, **rest) -> tuple:
-    return unroll(backbone, memory, **rest)
 
-def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, about: dict,
-        args: argparse.Namespace, iters: int, lr: float) -> None:
-    """Train model in place for iters steps, its checkpoints in path, a log beside it. about goes
-    into the checkpoint; with --resume its settings must be the same."""
-    device, log = next(model.parameters()).device, path.with_suffix(".log.jsonl")
-    start, stop, optimizer = 0, [], torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if args.resume and path.exists():
-        state = load_checkpoint(path)
-        for key, value in about["settings"].items():
-            ensure(state["settings"].get(key) == value, f"{path} was trained with {key} = "
-                   f"{state['settings'].get(key)}, not {value}; give that, or another --out")
+def memory_loss(backbone: Backbone, lam: float, carry: str) -> Callable:
+    def loss(memory: MetaState, batch: dict) -> tuple[Tensor, Tensor]:
+        draws = {name: value for name, value in batch.items() if name != "t"}
+        return unroll(backbone, memory, **draws, lam=lam, carry=carry)
+    return loss
+
+
+def learning_rate(step: int, iters: int, peak: float) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    warmup = min(1, (step + 1) / WARMUP)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / iters))
+    return peak * warmup * (0.1 + 0.9 * cosine)
+
+
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> int:
+    """Take up a checkpoint; the number of steps that it has behind it. Raises InputError where the
+    run was begun with other settings; only the learning rate may change."""
+    state = load_checkpoint(path)
+    for key, value in settings.items():
+        before = state["settings"].get(key)
+        ensure(key == "lr" or before == value, f"{path} was trained with {key} = {before}, not "
+               f"{value}; give that, or another --out")
+    with blame(path, "it belongs to another version of this program; give another --out"):
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    if rank == 0:                                      # the log, up to the step of the checkpoint
-        kept = log.read_bytes().splitlines(keepends=True)[:start] if start else []
-        write_atomically(log, lambda file: file.writelines(kept))
-    net = Objective(model, loss)
-    if world > 1:
-        dist.barrier()
-        net = DistributedDataParallel(net, find_unused_parameters=True)
-    default = signal.signal(signal.SIGINT, lambda *_: stop.append(True))
-    share = batches.batch // world // args.accumulate          # rows of one pass in one process
-    bar = tqdm(range(start, iters), path.stem, iters, initial=start, disable=rank > 0)
-    for step in bar:
-        # 1. the gradient of the mean over the global batch
-        losses = 0
-        for i in range(args.accumulate):
-            first = (rank * args.accumulate + i) * share
-            last = world == 1 or i == args.accumulate - 1
-            with nullcontext() if last else net.no_sync():
-                value, by_step = net(batches(step, slice(first, first + share), device))
-                (value / args.accumulate).backward()
-            losses = losses + torch.cat((value.detach()[None], by_step)) / args.accumulate
-        losses = F.pad(losses, (0, 1), value=float(bool(stop)))
-        if world > 1:
-            dist.all_reduce(losses)
-        *losses, stopped = (losses / world).tolist()
-        ensure(math.isfinite(losses[0]), f"the loss became {losses[0]} at step {step}; lower --lr "
-               f"or clean the data, and go on with --resume from the last checkpoint, {path}")
-        # 2. one step of the optimiser: linear warm-up, then a cosine down to a tenth
-        rate = lr * min(1, (step + 1) / WARMUP) * (
-            0.55 + 0.45 * math.cos(math.pi * (step + 1) / iters))
-        optimizer.param_groups[0]["lr"] = rate
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-        optimizer.step()
-        optimizer.zero_grad()
-        # 3. log and save
-        if rank == 0:
-            line = dict(step=step, loss=losses[0], by_step=losses[1:], lr=rate, norm=norm)
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            bar.set_postfix_str("loss " + " ".join(f"{x:.3f}" for x in losses[1:]), refresh=False)
-            if (step + 1) % args.save_every == 0 or step + 1 == iters or stopped:
-                save_checkpoint(path, model, step=step + 1, optimizer=optimizer.state_dict(),
-                                **about)
-        if stopped:
-            bar.close()
-            print(f"stopped after step {step + 1}; {path} is saved, go on with --resume")
-            sys.exit(130)
-    signal.signal(signal.SIGINT, default)
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        return int(state["step"])
 
-def table(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState, memoryless: MetaState,
-          problems: list[dict], by_steps: tuple[int, ...], out: Path, **settings) -> None:
-    """Accuracy of the frozen backbone, MetaState and its controls on the same problems, by number
-    of denoising steps; printed, and saved as table.md and, problem by problem, table.json."""
-    lines, right = [], {}
-    rows = {"frozen": (None, "keep"), "MetaState": (memory, "keep"),
-            "memory reset": (memory, "reset"), "memory shuffled": (memory, "shuffle"),
-            "memoryless-trained": (memoryless, "reset")}
-    bar = tqdm(total=len(rows) * sum(by_steps), desc="evaluate")
-    for name, (model, carry) in rows.items():
-        line, right[name] = f"| {name} |", {}
-        for steps in by_steps:
-            right[name][steps] = [row["correct"] for row in evaluate(
-                backbone, tokenizer, problems, PROTOCOLS["dial"], memory=model, carry=carry,
-                batch_size=250, **settings | {"steps": steps})]
-            bar.update(steps)
-            _, low, high = paired_interval(right["frozen"][steps], right[name][steps])
-            line += f" {100 * np.mean(right[name][steps]):.1f}"
-            line += f" [{100 * low:+.1f}, {100 * high:+.1f}] |" if model else " |"
-        lines.append(line)
-    bar.close()
-    text = "\n".join([
-        f"Exact match (%) on {len(problems)} problems, by denoising steps; in brackets the paired "
-        "95 % interval of the difference to frozen", "",
-        f"| steps | {' | '.join(map(str, by_steps))} |",
-        "|---" * (len(by_steps) + 1) + "|", *lines, ""])
-    print(text)
-    write_atomically(out / "table.md", lambda file: file.write(text.encode()))
-    write_atomically(out / "table.json", lambda file: file.write(json.dumps(right).encode()))
+
+@contextmanager
+def stop_signals() -> Iterator[list]:
+    """A list that is not empty after Ctrl-C or SIGTERM, so that a loop can end between two steps."""
+    received = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *what: received.append(what)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, *, settings: dict,
+        backbone: dict | None, args: argparse.Namespace, processes: Processes, iters: int,
+        lr: float) -> None:
+    """Train model in place for iters steps, its checkpoints in path, a log beside it. loss(model,
+    batch) gives the mean over the rows of a batch, and its parts to be logged."""
+    rank, world = processes
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+    start = resume(path, model, optimizer, settings) if args.resume and path.exists() else 0
+    log = path.with_suffix(".log.jsonl")
+    if rank == 0:                      # lines after the checkpoint will be written again
+        lines = log.read_bytes().splitlines(keepends=True) if start else []
+        with write_atomically(log) as file:
+            file.writelines(lines[:start])
+    rows = batches.batch // (world * args.accumulate)          # of one pass in one process
+    bar = tqdm(range(start, iters), path.stem, iters, initial=start,
+               disable=None if rank == 0 else True)            # None: on a terminal only
+    with stop_signals() as stop:
+        for step in bar:
+            # 1. the gradient of the mean over the global batch: passes, then processes
+            losses = 0
+            for i in range(args.accumulate):
+                first = (rank * args.accumulate + i) * rows
+                value, parts = loss(model, batches(step, slice(first, first + rows), device))
+                (value / (args.accumulate * world)).backward()
+                losses = losses + torch.cat((value.detach()[None], parts))
+            losses = losses / (args.accumulate * world)
+            stopped = torch.tensor([float(bool(stop))], device=device)
+            if world > 1:
+                for tensor in [losses, stopped, *(p.grad for p in model.parameters())]:
+                    if tensor is not None:
+                        dist.all_reduce(tensor)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+            value, *parts = losses.tolist()
+            ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
+                   f"{value} with a gradient of norm {norm}; go on from the last checkpoint, "
+                   f"{path}, by --resume and a lower --lr, or clean the data")
+
+            # 2. one step of the optimiser
+            optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # 3. log and save; a finished run needs no optimiser any more
+            done = step + 1
+            due = done % args.save_every == 0 or done == iters or stopped.item() > 0
+            if rank == 0:
+                line = {"step": step, "loss": value, "by_step": parts, "norm": norm}
+                with blame(log, "make room"), open(log, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {parts[0]:.3f} .. {parts[-1]:.3f}", refresh=False)
+                if bar.disable and due:
+                    print(f"{path.stem} {done}/{iters} loss {parts[0]:.3f} .. {parts[-1]:.3f}")
+            if rank == 0 and due:
+                more = {} if done == iters else {"optimizer": optimizer.state_dict()}
+                save_checkpoint(path, model, model.config, step=done, settings=settings,
+                                backbone=backbone, **more)
+            if stopped.item() > 0:
+                bar.close()
+                print(f"stopped after step {done}; {path} is saved, go on with --resume")
+                sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------- THE PROGRAM
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, help="folder of checkpoints and logs (default: out/INIT)")
+    add("--init", metavar="MODEL", default="tiny", help=f"{', '.join(PRESETS)}, or a checkpoint "
+        "folder")
+    add("--weights", type=Path, metavar="FOLDER", help="the weights of --init, else found or "
+        "downloaded")
+    add("--out", type=Path, help="folder of checkpoints and logs (default: out/MODEL)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=int, default=100, help="steps between checkpoints")
-    add("--seed", type=int, default=0)
-    model_arguments(parser, training=True)
+    add("--save-every", type=COUNT, default=100, help="steps between checkpoints")
+    add("--seed", type=SEED, default=0)
+    add_device_options(parser)
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, help="JSON lines of question/answer, messages or prompt/completion "
-        "(default for tiny: the built-in problems)")
-    add("--max-length", type=int, help="tokens; longer examples are dropped")
+    add("--data", help="tulu3, gsm8k, or a file of JSON lines with question/answer, messages or "
+        "prompt/completion (default: the built-in problems for tiny, else tulu3)")
+    add("--max-length", type=COUNT, help="tokens; longer examples are dropped")
     add = parser.add_argument_group("unrolling").add_argument
-    add("--K", type=int, help="denoising steps of a trajectory (default: tiny 6, else 4)")
-    add("--lam", type=float, default=0.5, help="weight of the dense loss, against the reveal loss")
-    add("--alpha", type=float, default=1.0, help="Dirichlet concentration of the reveal counts")
-    add("--confident", type=float, metavar="SHARE", help="of the rows that reveal where the model "
-        "is surest and not at random (default: tiny 1, else 0)")
-    add("--carry", default="keep", choices=("keep", "detach", "reset"),
-        help="the memory between steps; the last two are ablations")
-    add("--no-checkpointing", action="store_true", help="keep all activations: faster, more memory")
-    add = parser.add_argument_group("optimiser (default: by the size of the backbone)").add_argument
-    add("--iters", type=int)
-    add("--batch", type=int, help="rows of a step, over all processes and passes")
-    add("--accumulate", type=int, help="passes in which a process takes its rows")
-    add("--lr", type=float)
-    add = parser.add_argument_group("tiny backbone and table").add_argument
-    for name, value in (("backbone-iters", 3000), ("backbone-batch", 128), ("backbone-lr", 3e-3)):
-        add("--" + name, type=type(value), default=value)
+    add("--K", type=COUNT, help="denoising steps of a trajectory")
+    add("--lam", type=SHARE, default=0.5, help="weight of the dense loss, against the reveal loss")
+    add("--alpha", type=POSITIVE, default=1.0, help="Dirichlet concentration of reveal counts")
+    add("--confident", type=SHARE, metavar="SHARE", help="of the rows that reveal where the model "
+        "is surest and not at random")
+    add("--think", type=COUNT_OR_ZERO, metavar="PASSES", help="half of the batches begin with up "
+        "to so many passes that reveal nothing and have no gradient")
+    add("--carry", default="keep", choices=("keep", "reset"), help="the memory between steps; "
+        "reset is the memoryless control")
+    add("--keep-activations", action="store_true", help="faster than to recompute them, but larger")
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--iters", type=COUNT)
+    add("--batch", type=COUNT, help="rows of a step, over all processes and passes")
+    add("--accumulate", type=COUNT, help="passes in which a process takes its rows")
+    add("--lr", type=POSITIVE)
+    add = parser.add_argument_group("tiny backbone and tables").add_argument
+    add("--backbone-iters", type=COUNT, default=1500)
+    add("--backbone-batch", type=COUNT, default=128)
+    add("--backbone-lr", type=POSITIVE, default=3e-3)
     add("--split", default="test", choices=("valid", "test"), help="where the problems are from")
-    add("--problems", type=int, default=1000, help="in the table (0: no table)")
+    add("--problems", type=COUNT_OR_ZERO, default=1000, help="in the tables (0: no tables)")
+    for size, values in DEFAULTS.items():
+        shown = ", ".join(f"{key} {value}" for key, value in values.items())
+        parser.epilog = f"{parser.epilog or ''} Defaults for {size}: {shown}."
     args = parser.parse_args()
     for key, value in DEFAULTS["tiny" if args.init == "tiny" else "8b"].items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     return args
 
+
+# What a run cannot change when it is resumed, and its results do not hang on.
+NOT_SETTINGS = ("out", "resume", "save_every", "weights", "device", "compile", "accumulate",
+                "keep_activations", "split", "problems")
+
+
+def check_options(args: argparse.Namespace, out: Path) -> None:
+    """What can be wrong before anything is fetched or loaded."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for name in ("batch", "backbone_batch"):
+        size = getattr(args, name)
+        ensure(size % (world * args.accumulate) == 0, f"--{name.replace('_', '-')} {size} is no "
+               f"multiple of {world} processes times --accumulate {args.accumulate}; make it one")
+    if args.init not in PRESETS or args.weights:
+        read_config(args.weights or Path(args.init))
+    held = [*out.glob("*.pt"), *out.glob("backbone")]
+    ensure(args.resume or not held, f"{out} holds a run; go on with it by --resume, or give "
+           "another --out")
+    ensure(held or not args.resume, f"{out} holds nothing to go on with; leave --resume away")
+
+
+def find_texts(args: argparse.Namespace) -> list[Text]:
+    """The examples; what has to be fetched for them is fetched once."""
+    if args.data is None and args.init == "tiny":
+        return [read_text(problem) for problem in dial_problems("train", 30_000)]
+    if args.data in (None, "tulu3"):
+        return read_texts(tulu_file())
+    return read_texts(gsm8k_file("train.jsonl") if args.data == "gsm8k" else Path(args.data))
+
+
 def main() -> None:
     args = arguments()
-    device, rank, world = start_device(args.device)
-    tiny, out = args.init == "tiny", args.out or Path("out") / Path(args.init).name
-    ensure(args.batch % (world * args.accumulate) == 0, f"--batch {args.batch} is no multiple of "
-           f"{world} processes times --accumulate {args.accumulate}; make it one")
-    ensure(args.resume or not (out / "memory.pt").exists(), f"{out} holds a run; go on with it by "
-           "--resume, or give another --out")
-    ensure(tiny or args.data, f"--init {args.init} needs examples; give --data FILE.jsonl")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in (
-        "out", "resume", "save_every", "weights", "device", "compile", "split", "accumulate",
-        "no_checkpointing", "problems")}
-    about = {"backbone": args.init, "settings": settings}
+    tiny = args.init == "tiny"
+    out = args.out or Path("out") / Path(args.init).name
+    check_options(args, out)
+    is_first_process = int(os.environ.get("RANK", 0)) == 0
+    alone = locked(out / "lock", wait=False, message=f"another run is at work in {out}; wait for "
+                   "it, or give another --out")
+    with alone if is_first_process else nullcontext():
+        texts = find_texts(args)
+        train(args, out, tiny, texts)
+
+
+def train(args: argparse.Namespace, out: Path, tiny: bool, texts: list[Text]) -> None:
+    settings = {key: str(value) for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    device, processes = start_device(args.device)
+    is_first_process = processes.rank == 0
 
     # 1. the frozen backbone: off the shelf, or for tiny one of our own, trained as LLaDA is
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.weights or args.init)
-    backbone = Backbone(TINY).to(device) if tiny else load_backbone(args.weights or args.init,
-                                                                    device=device)
-    items = read_jsonl(args.data) if args.data else list(enumerate(dial_problems("train", 30_000)))
-    examples = read_examples(items, str(args.data or "built-in problems"), tokenizer,
-                             backbone.config.eos_id, args.max_length)
-    batches = partial(Batches, examples, seed=args.seed, pad_id=backbone.config.pad_id, K=args.K,
-                      alpha=args.alpha, confident=args.confident,
-                      answer_length=PROTOCOLS["dial"].settings["gen_length"] if tiny else 0)
+    if tiny:
+        tokenizer = tiny_tokenizer(WORDS)
+        backbone = Backbone(TINY).to(device)
+    else:
+        tokenizer = load_tokenizer(args.weights or args.init)
+        backbone = load_backbone(args.weights or args.init, device=device)
+    c = backbone.config
+    examples = tokenise(texts, tokenizer, c.eos_id, args.max_length)
+    gen_length = PROTOCOLS["dial"].settings["gen_length"] if tiny else 0
+
+    def batches(size: int) -> Batches:
+        return Batches(examples, size, seed=args.seed, pad_id=c.pad_id, answer_length=gen_length,
+                       K=args.K, alpha=args.alpha, confident=args.confident, think=args.think)
+
     if tiny:
         fit(backbone, backbone_loss, batches(args.backbone_batch), out / "backbone.pt",
-            about | {"config": asdict(TINY)}, args, args.backbone_iters, args.backbone_lr)
-        if rank == 0:
-            save_backbone(backbone, out / "backbone")
+            settings=settings, backbone=None, args=args, processes=processes,
+            iters=args.backbone_iters, lr=args.backbone_lr)
+        if is_first_process:
+            save_backbone(backbone, out / "backbone", WORDS)
     backbone.requires_grad_(False).eval()
-    backbone.checkpointing = not (tiny or args.no_checkpointing)
+    backbone.recompute = not tiny and not args.keep_activations
     if args.compile:
-        compile_layers(backbone)
+        backbone.compile_layers()
 
     # 2. the memory; for tiny also the same modules trained without persistence
-    trained = []
-    for name, carry in [("memory", args.carry)] + [("memoryless", "reset")] * tiny:
+    identity = {"name": args.init, "digest": backbone.digest()}
+    trained = {}
+    for name, carry in {"memory": args.carry, "memoryless": "reset"}.items():
+        if name == "memoryless" and not tiny:
+            continue
         torch.manual_seed(args.seed)
-        config = replace(preset(backbone), n_updates=args.K if tiny else None)
-        trained.append(MetaState(config).to(device))
-        fit(trained[-1], partial(memory_loss, backbone=backbone, lam=args.lam, carry=carry),
-            batches(args.batch), out / f"{name}.pt",
-            about | {"config": asdict(config)}, args, args.iters, args.lr)
+        memory = MetaState(preset(backbone)).to(device)
+        fit(memory, memory_loss(backbone, args.lam, carry), batches(args.batch),
+            out / f"{name}.pt", settings=settings, backbone=identity, args=args,
+            processes=processes, iters=args.iters, lr=args.lr)
+        trained[name] = memory.eval()
 
-    # 3. the table
-    if tiny and rank == 0 and args.problems:
-        table(backbone, tokenizer, *(model.eval() for model in trained),
-              dial_problems(args.split, args.problems), EVAL_STEPS, out)
+    # 3. the tables
+    if not is_first_process:
+        return
+    if tiny and args.problems:
+        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), gen_length)
+        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), gen_length)
+        tables(bench, valid, trained["memory"], trained["memoryless"], out)
+    print(f"all is in {out}; now try\n"
+          f"  python sample.py --init {out} --think 4 --steps 1 --show-steps\n"
+          f"  python eval_gsm8k.py --init {out}")
+
+
+def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState, out: Path) -> None:
+    """Print the two tables, and save them with the result of every problem."""
+    everyone = contestants(memory, memoryless)
+    thinking_text, thinking = thinking_table(bench, everyone)
+    schedule_text, schedules = schedule_table(bench, valid, everyone)
+    with write_atomically(out / "tables.md") as file:
+        file.write((thinking_text + "\n" + schedule_text).encode())
+    with write_atomically(out / "tables.json") as file:
+        file.write(json.dumps({"thinking": thinking, "schedules": schedules}).encode())
+
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, if_interrupted="what a checkpoint holds is kept, --resume goes on from it")
