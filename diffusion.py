@@ -87,11 +87,11 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     mask_id = backbone.config.mask_id
     masked = maskable                                                  # (B, T)
     slots = memory.initial(len(ids))                                   # (B, M, d)
-    with torch.no_grad():              # progressive training: no gradient through these passes
-        for _ in range(think):
-            canvas = ids.masked_fill(masked, mask_id)
-            _, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
-            slots = carry_over(carry, memory, slots)
+    if carry == "keep":
+        unwritten = ids.masked_fill(maskable, mask_id)                 # (B, T)
+        with torch.no_grad():          # progressive training: no gradient through these passes
+            for _ in range(think):
+                _, slots = memory.step(backbone, unwritten, slots, maskable=maskable, wanted=masked)
 
     loss = 0.0
     dense_by_step = []
@@ -133,7 +133,8 @@ CARRY = ("keep", "reset", "shuffle")
 class Sampling:
     """How an answer is denoised. Raises InputError for settings that cannot work together."""
     gen_length: int = 128              # tokens of the answer; 0: only the masks in the prompt
-    steps: int = 128                   # passes that reveal, shared out evenly over the blocks
+    steps: int = 128                   # passes that reveal, shared out evenly over the blocks;
+                                       # a threshold takes as many as it needs
     block_length: int | None = None    # the answer is written block by block; None: all at once
     think: int = 0                     # passes before the first token, which change the memory only
     threshold: float | None = None     # reveal all that is surer, in as many passes as that takes
@@ -147,9 +148,9 @@ class Sampling:
     confidence_eos_eot_inf: bool = False       # reveal end-of-text and end-of-turn last
 
     def __post_init__(self) -> None:
-        n_blocks = self.n_blocks
-        ensure(self.steps > 0 and self.steps % n_blocks == 0
-               and n_blocks * (self.block_length or self.gen_length) == self.gen_length,
+        filled = self.n_blocks * (self.block_length or self.gen_length)
+        shared_out = self.threshold is not None or self.steps % self.n_blocks == 0
+        ensure(filled == self.gen_length and shared_out and self.steps > 0,
                f"gen_length {self.gen_length}, block_length {self.block_length} and steps "
                f"{self.steps} do not divide: blocks must fill gen_length and share out steps evenly")
         known = LLADA_REMASKING + DREAM_REMASKING
@@ -194,34 +195,35 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, s.gen_length), value=1)
     maskable = canvas == c.mask_id                                     # (B, T)
-    slots = initial_slots(memory, B, s)
+    slots = None
+    if memory:
+        slots = memory.initial(2 * B if s.cfg_scale > 0 else B)        # (B, M, d), see denoise
     streams = RandomStreams(range(B) if seeds is None else seeds, canvas.device)
     propose = propose_llada if s.remasking in LLADA_REMASKING else propose_dream
-    select = selection_rule(s)
+    select = SELECT["threshold" if s.threshold is not None else s.remasking]
 
     for block in range(s.n_blocks):
         in_block = maskable.clone()                                    # (B, T)
         if block < s.n_blocks - 1:
             in_block[:, P + (block + 1) * s.block_length:] = False
         n_begin = (in_block & (canvas == c.mask_id)).sum(1)            # (B,)
-        first = -s.think if block == 0 else 0
-        for step in count(first):
+        for step in count(-s.think if block == 0 else 0):
             eligible = in_block & (canvas == c.mask_id)                # (B, T)
             steps_are_over = step == s.steps // s.n_blocks and s.threshold is None
             if steps_are_over or not eligible.any():
                 break
+            turn = Turn(eligible, n_begin, step, s, c, streams)
             # 1. write, run, read, update: one pass of the backbone and its memory
-            logits, slots = denoise(backbone, memory, canvas, slots, maskable, eligible,
-                                    attention_mask, s)                 # (N, V), (B, M, d)
+            logits, slots = denoise(backbone, memory, canvas, slots, maskable, attention_mask,
+                                    turn)                              # (N, V), (B, M, d)
             # 2. a token for every eligible position, and how sure the model is of it
-            tokens, confidence = propose(logits, eligible, s, streams, c)      # (N,) both
+            tokens, confidence = propose(logits, turn)                 # (N,) both
             guess = canvas.masked_scatter(eligible, tokens)            # (B, T)
-            confidence = torch.zeros(canvas.shape, device=canvas.device).masked_scatter(
-                eligible, confidence.float())                          # (B, T)
+            confidence = spread(confidence, eligible)                  # (B, T)
             # 3. which of them to reveal: none while the memory thinks
             revealed = torch.zeros_like(eligible)                      # (B, T)
             if step >= 0:
-                revealed = select(confidence, eligible, n_begin, step, s, streams)
+                revealed = select(confidence, turn)
             # 4. reveal them; what is written stays
             canvas = torch.where(revealed, guess, canvas)
             if on_step:
@@ -229,41 +231,6 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
             if memory:
                 slots = carry_over(carry, memory, slots)
     return canvas
-
-
-def initial_slots(memory: MetaState | None, B: int, s: Sampling) -> Tensor | None:
-    """The memory before the first pass; guidance needs a second one, see denoise."""
-    if memory is None:
-        return None
-    return memory.initial(2 * B if s.cfg_scale > 0 else B)
-
-
-def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
-            maskable: Tensor, eligible: Tensor, attention_mask: Tensor | None, s: Sampling
-            ) -> tuple[Tensor, Tensor | None]:
-    """Logits (N, V) of the eligible positions, and the new slots. With guidance a second copy of
-    the batch, with a memory of its own, sees no prompt."""
-    mask_id = backbone.config.mask_id
-    guided = s.cfg_scale > 0
-    if guided:
-        canvas = torch.cat((canvas, canvas.masked_fill(~maskable, mask_id)))       # (2 B, T)
-        maskable, eligible = maskable.repeat(2, 1), eligible.repeat(2, 1)
-        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    if memory is None:
-        logits = backbone(canvas, attention_mask, eligible)            # (N, V)
-    else:
-        h, new_slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=eligible,
-                                   attention_mask=attention_mask)
-        logits = backbone.head(h)                                      # (N, V)
-        # A row that waits for others to finish their block must not think on meanwhile.
-        at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
-        slots = torch.where(at_work, new_slots, slots)
-    if guided:
-        given, free = logits.chunk(2)
-        logits = free + (s.cfg_scale + 1) * (given - free)
-    if s.logits_eos_inf:
-        logits[:, backbone.config.eos_id] = float("-inf")
-    return logits, slots
 
 
 class RandomStreams:
@@ -282,17 +249,61 @@ class RandomStreams:
         return -torch.log(-torch.log(self.uniform(eligible, width, dtype)))
 
 
+class Turn(NamedTuple):
+    """Where the sampler stands in one pass: all that its small functions need to know."""
+    eligible: Tensor                   # (B, T) bool, N of them True
+    n_begin: Tensor                    # (B,): how many were masked when the block began
+    step: int                          # of the block, from 0
+    sampling: Sampling
+    config: Config
+    streams: RandomStreams
+
+
+def spread(values: Tensor, eligible: Tensor) -> Tensor:
+    """Values (N,) at their places among the eligible positions, (B, T); 0 elsewhere."""
+    zeros = torch.zeros(eligible.shape, dtype=torch.float32, device=eligible.device)
+    return zeros.masked_scatter(eligible, values.float())
+
+
+def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
+            maskable: Tensor, attention_mask: Tensor | None, turn: Turn
+            ) -> tuple[Tensor, Tensor | None]:
+    """Logits (N, V) of the eligible positions, and the new slots. With guidance a second copy of
+    the batch, with a memory of its own, sees no prompt."""
+    s, c, eligible = turn.sampling, turn.config, turn.eligible
+    guided = s.cfg_scale > 0
+    if guided:
+        canvas = torch.cat((canvas, canvas.masked_fill(~maskable, c.mask_id)))     # (2 B, T)
+        maskable, eligible = maskable.repeat(2, 1), eligible.repeat(2, 1)
+        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    if memory is None:
+        logits = backbone(canvas, attention_mask, eligible)            # (N, V)
+    else:
+        h, new_slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=eligible,
+                                   attention_mask=attention_mask)
+        logits = backbone.head(h)                                      # (N, V)
+        # A row that waits for others to finish their block must not think on meanwhile.
+        at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
+        slots = torch.where(at_work, new_slots, slots)
+    if guided:
+        given, free = logits.chunk(2)
+        logits = free + (s.cfg_scale + 1) * (given - free)
+    if s.logits_eos_inf:
+        logits[:, c.eos_id] = float("-inf")
+    return logits, slots
+
+
 # Two ways to propose: tokens (N,), never a mask, and a confidence (N,) from logits (N, V).
 
-def propose_llada(logits: Tensor, eligible: Tensor, s: Sampling, streams: RandomStreams, c: Config
-                  ) -> tuple[Tensor, Tensor]:
+def propose_llada(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """LLaDA: Gumbel-max tokens, and their probabilities without the noise. Ends of text or turn can
     be given confidence 0, here at every temperature (the original loses one above 0, issue 137)."""
+    s, c = turn.sampling, turn.config
     allowed = logits.clone()
     allowed[:, c.mask_id] = float("-inf")
     if s.temperature > 0:
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        noise = streams.gumbel(eligible, logits.shape[1], wide)        # (N, V)
+        noise = turn.streams.gumbel(turn.eligible, logits.shape[1], wide)      # (N, V)
         allowed = allowed.to(wide) + s.temperature * noise
     tokens = allowed.argmax(-1)                                        # (N,)
     if s.confidence_eos_eot_inf:
@@ -302,16 +313,16 @@ def propose_llada(logits: Tensor, eligible: Tensor, s: Sampling, streams: Random
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 
-def propose_dream(logits: Tensor, eligible: Tensor, s: Sampling, streams: RandomStreams, c: Config
-                  ) -> tuple[Tensor, Tensor]:
+def propose_dream(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """Dream: tokens after temperature, top_p and top_k, and a confidence from the same filtered
     distribution: probability, margin between the two likeliest tokens, or negative entropy."""
+    s, c = turn.sampling, turn.config
     if s.temperature > 0:
         logits = logits / s.temperature
     p = filtered(logits, s, c.mask_id).float().softmax(-1)             # (N, V)
     allowed = p.clone()
     if s.temperature > 0:
-        allowed = p.log() + streams.gumbel(eligible, p.shape[1], p.dtype)
+        allowed = p.log() + turn.streams.gumbel(turn.eligible, p.shape[1], p.dtype)
     allowed[:, c.mask_id] = float("-inf")
     tokens = allowed.argmax(-1)                                        # (N,)
     if s.remasking == "topk_margin":
@@ -343,66 +354,65 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
     return found.scatter(1, best, logits.gather(1, best))
 
 
-# Five ways to select what is revealed: bool (B, T), among the eligible positions.
+# Five ways to select what is revealed: from confidences (B, T), bool (B, T).
 
-def selection_rule(s: Sampling) -> Callable[..., Tensor]:
-    if s.threshold is not None:
-        return select_above_threshold
-    rules = {"low_confidence": select_quota, "random": select_random_quota,
-             "origin": select_by_chance}
-    return rules.get(s.remasking, select_share)
-
-
-def quota(n_begin: Tensor, step: int, s: Sampling) -> Tensor:
+def quota(turn: Turn) -> Tensor:
     """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
-    steps = s.steps // s.n_blocks
-    return n_begin // steps + (step < n_begin % steps).long()
+    steps = turn.sampling.steps // turn.sampling.n_blocks
+    one_more = turn.step < turn.n_begin % steps
+    return turn.n_begin // steps + one_more.long()
 
 
-def share(step: int, s: Sampling) -> Tensor:
+def share(turn: Turn) -> Tensor:
     """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
-    steps = s.steps // s.n_blocks
+    steps = turn.sampling.steps // turn.sampling.n_blocks
+    if turn.step == steps - 1:
+        return torch.tensor(1.0)
     timesteps = torch.linspace(1, 1e-3, steps + 1)
-    is_last = step == steps - 1
-    return torch.tensor(1.0) if is_last else 1 - timesteps[step + 1] / timesteps[step]
+    return 1 - timesteps[turn.step + 1] / timesteps[turn.step]
 
 
-def select_quota(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
-                 streams: RandomStreams) -> Tensor:
+def select_quota(confidence: Tensor, turn: Turn) -> Tensor:
     """LLaDA: the surest ones, as many as the step's quota says."""
-    return best_positions(confidence, eligible, quota(n_begin, step, s))
+    return best_positions(confidence, turn.eligible, quota(turn))
 
 
-def select_random_quota(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int,
-                        s: Sampling, streams: RandomStreams) -> Tensor:
+def select_random_quota(confidence: Tensor, turn: Turn) -> Tensor:
     """LLaDA's other order: as many as the quota says, anywhere."""
-    draws = streams.uniform(eligible, 1, torch.float32)[:, 0]          # (N,)
-    score = torch.zeros_like(confidence).masked_scatter(eligible, draws)
-    return best_positions(score, eligible, quota(n_begin, step, s))
+    draws = turn.streams.uniform(turn.eligible, 1, torch.float32)[:, 0]        # (N,)
+    return best_positions(spread(draws, turn.eligible), turn.eligible, quota(turn))
 
 
-def select_share(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
-                 streams: RandomStreams) -> Tensor:
+def select_share(confidence: Tensor, turn: Turn) -> Tensor:
     """Dream: the surest ones, a share of what is masked; alg_temp draws them without replacement,
     the surer the likelier (Gumbel-top-k)."""
-    if s.alg_temp > 0:
-        noise = streams.gumbel(eligible, 1, torch.float32)[:, 0]       # (N,)
-        noise = torch.zeros_like(confidence).masked_scatter(eligible, noise)
-        confidence = confidence / s.alg_temp + noise
-    n = (eligible.sum(1) * share(step, s)).int()                       # (B,)
-    return best_positions(confidence, eligible, n)
+    alg_temp = turn.sampling.alg_temp
+    if alg_temp > 0:
+        noise = turn.streams.gumbel(turn.eligible, 1, torch.float32)[:, 0]     # (N,)
+        confidence = confidence / alg_temp + spread(noise, turn.eligible)
+    n = (turn.eligible.sum(1) * share(turn)).int()                     # (B,)
+    return best_positions(confidence, turn.eligible, n)
 
 
-def select_by_chance(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int, s: Sampling,
-                     streams: RandomStreams) -> Tensor:
+def select_by_chance(confidence: Tensor, turn: Turn) -> Tensor:
     """Dream's origin: each one with the probability that is the step's share."""
-    draws = streams.uniform(eligible, 1, torch.float32)[:, 0]          # (N,)
-    draws = torch.ones_like(confidence).masked_scatter(eligible, draws)
-    return eligible & (draws < share(step, s))
+    draws = turn.streams.uniform(turn.eligible, 1, torch.float32)[:, 0]        # (N,)
+    return turn.eligible & (spread(draws, turn.eligible) < share(turn))
 
 
-def select_above_threshold(confidence: Tensor, eligible: Tensor, n_begin: Tensor, step: int,
-                           s: Sampling, streams: RandomStreams) -> Tensor:
+def select_above_threshold(confidence: Tensor, turn: Turn) -> Tensor:
     """Fast-dLLM: all that the model is surer of than the threshold, at least the surest one."""
-    surest = best_positions(confidence, eligible, eligible.sum(1).clamp(max=1))
-    return eligible & (confidence >= s.threshold) | surest
+    one = turn.eligible.sum(1).clamp(max=1)                            # (B,)
+    surest = best_positions(confidence, turn.eligible, one)
+    return turn.eligible & (confidence >= turn.sampling.threshold) | surest
+
+
+SELECT = {
+    "low_confidence": select_quota,
+    "random": select_random_quota,
+    "origin": select_by_chance,
+    "maskgit_plus": select_share,
+    "topk_margin": select_share,
+    "entropy": select_share,
+    "threshold": select_above_threshold,
+}

@@ -41,7 +41,7 @@ BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
 SPLITS = {"test": (0, 1000), "valid": (1000, 2000), "train": (2000, 10 * len(BUTTONS) ** PRESSES)}
-SPLIT_ORDER = 13                       # seed of the order that the splits cut up
+SPLIT_ORDER = 29                       # seed of the order that the splits cut up
 # Every word of a problem is one token.
 WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
          "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
@@ -352,11 +352,13 @@ def percent(values: list[bool]) -> str:
 
 
 def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
-    """A table for people, which is also Markdown."""
-    lines = [title, "", "| " + " | ".join([f"{'':18}", *(f"{cell:>5}" for cell in header)]) + " |",
-             "|---" * (len(header) + 1) + "|"]
-    for name, cells in rows.items():
-        lines.append("| " + " | ".join([f"{name:18}", *(f"{cell:>5}" for cell in cells)]) + " |")
+    """A table for people, 80 columns wide at most, which is also Markdown."""
+    width = max(map(len, rows))
+    lines = [title, ""]
+    for name, cells in {"": header, **rows}.items():
+        lines.append("|".join(["", f"{name:{width}}", *(f"{cell:>5}" for cell in cells), ""]))
+        if not name:
+            lines.append("|---" * (len(header) + 1) + "|")
     text = "\n".join([*lines, ""])
     print(text)
     return text
@@ -376,9 +378,8 @@ def thinking_table(bench: Bench, everyone: dict[str, Contestant]) -> tuple[str, 
     text = ""
     for key, title in (("whole", "Whole answers right (%)"), ("result", "Final results right (%)")):
         cells = {name: [percent(found[name][n][key]) for n in THINKING_PASSES] for name in found}
-        text += print_table(f"{title}, written at once after N passes without a word, "
-                            f"{len(bench.problems)} problems", list(map(str, THINKING_PASSES)),
-                            cells) + "\n"
+        title = f"{title} after N passes without a word, {len(bench.problems)} problems, N ="
+        text += print_table(title, list(map(str, THINKING_PASSES)), cells) + "\n"
     return text, found
 
 
@@ -410,8 +411,8 @@ def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
         for label, rows in found[name].items():
             passes = np.mean([row["passes"] for row in rows])
             table[f"{name}, {label}"] = [percent([row["correct"] for row in rows]), f"{passes:.2f}"]
-    text = print_table(f"Final results right (%) and passes, {len(bench.problems)} problems; block "
-                       "length and threshold chosen on others", ["right", "passes"], table)
+    text = print_table(f"Final results right (%), {len(bench.problems)} problems; block length and "
+                       "threshold were chosen on others", ["right", "passes"], table)
     saved = {name: {label: {key: [row[key] for row in rows] for key in ("correct", "passes")}
                     for label, rows in by_label.items()} for name, by_label in found.items()}
     return text, saved

@@ -369,9 +369,11 @@ def check_config(config: Any, source: object) -> None:
         if field.type is int:
             sound = type(value) is int and 0 <= value < 2 ** 31
         elif field.type is float:
-            sound = type(value) in (int, float) and math.isfinite(value) and value > 0
+            sound = type(value) in (int, float) and 0 < value < 1e300
         elif field.type is bool:
             sound = type(value) is bool
+        elif field.type == int | None:
+            sound = value is None or type(value) is int and 0 <= value < 2 ** 31
         else:
             continue
         ensure(sound, f"{source} has {field.name} = {value!r}, no sound value; {FETCH_AGAIN}")
@@ -396,7 +398,7 @@ def read_config(folder: Path) -> Config:
     check_config(c, path)
     sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
     fitting = (min(sizes) > 0 and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
-               and max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size)
+               and max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size and c.kind == kind)
     ensure(fitting, f"{path} has sizes that do not fit together, {sizes}; {FETCH_AGAIN}")
     return c
 
@@ -468,8 +470,8 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
     ensure(config.n_layer <= len(tensors), f"{folder} has {len(tensors)} tensors, too few for the "
            f"{config.n_layer} layers of its config.json; {FETCH_AGAIN}")
 
-    with torch.device("meta"):         # shapes without memory
-        backbone = Backbone(config)
+    with blame(folder / "config.json", FETCH_AGAIN), torch.device("meta"):
+        backbone = Backbone(config)    # shapes without memory
     parameters = {original_name(config.kind, name): p for name, p in backbone.named_parameters()}
     for name in sorted(parameters.keys() | tensors.keys()):
         want = list(parameters[name].shape) if name in parameters else None
@@ -598,7 +600,8 @@ def retry(what: str, attempt: Callable[[], Any]) -> Any:
 
 def fetch_json(url: str) -> tuple[Any, http.client.HTTPMessage]:
     """The JSON value at url, and the headers that came with it. Sends HF_TOKEN when it is set."""
-    request = urllib.request.Request(url)
+    with blame(url, "check HF_ENDPOINT and HF_DATASETS_SERVER"):
+        request = urllib.request.Request(url)
     if os.environ.get("HF_TOKEN"):
         request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
 

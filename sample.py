@@ -394,13 +394,17 @@ def main() -> None:
         out = generate(models.backbone, prompt_ids, memory=memory, seeds=seeds,
                        on_step=recorder.on_step, **settings)
         texts = [models.tokenizer.decode(row[n_prompt:], skip_special=True) for row in out.tolist()]
+        for found in recorder.passes:                  # would its guesses, as they are, be right?
+            found["right"] = is_right("".join(found["texts"]), answer)
         page.append({"name": name, "right": is_right(texts[0], answer), "passes": recorder.passes})
         if is_first:
             print("\n".join(texts))
 
     # 3. the page
     if args.html:
-        about = f"{choice.name}, memory {choice.memory}, seed {args.seed}, {settings}"
+        shown = {"memory": choice.memory, "seed": args.seed, "remasking": Sampling.remasking}
+        about = [f"{key} {value}" for key, value in (shown | settings).items()]
+        about = ", ".join([choice.name, *about])
         write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,
                                "think": settings.get("think", 0), "runs": page})
         print(f"{args.html}: open it in a browser", file=sys.stderr)

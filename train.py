@@ -42,7 +42,7 @@ from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_
                     run_program, start_device)
 
 DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, confident=1.0, think=12, iters=900, batch=64, accumulate=1, lr=3e-3,
+    "tiny": dict(K=6, confident=1.0, think=20, iters=1500, batch=64, accumulate=1, lr=3e-3,
                  max_length=64),
     "8b": dict(K=4, confident=0.0, think=12, iters=3000, batch=16, accumulate=16, lr=3e-4,
                max_length=1024),
@@ -248,13 +248,39 @@ class Batches:
         rows = [self.row(step, b, self.examples[chosen[b]], T) for b in range(self.batch)[part]]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
                  for name in rows[0]}
-        rng = np.random.default_rng((self.seed, step))
+        rng = np.random.default_rng((self.seed, step, self.batch))     # no row has this number
         thinks = rng.random() < THINK_SHARE
         batch["think"] = int(rng.integers(self.think + 1)) if thinks else 0
         return batch
 
 
 # ---------------------------------------------------------------------------------------- LOOP
+
+# Options that a run's results do not hang on: they may change when it is resumed.
+NOT_SETTINGS = ("out", "resume", "save_every", "weights", "device", "compile", "accumulate",
+                "keep_activations", "split", "problems")
+
+
+class Run(NamedTuple):
+    """What every training of a run shares."""
+    args: argparse.Namespace
+    out: Path
+    examples: list[TokenIds]
+    answer_length: int                 # the tiny answers are padded to it; 0: by batch
+    processes: Processes
+    device: torch.device
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {key: str(value) for key, value in vars(self.args).items()
+                if key not in NOT_SETTINGS}
+
+    def batches(self, size: int, pad_id: int) -> Batches:
+        args = self.args
+        return Batches(self.examples, size, seed=args.seed, pad_id=pad_id, K=args.K,
+                       alpha=args.alpha, confident=args.confident, think=args.think,
+                       answer_length=self.answer_length)
+
 
 def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
     # A visible token predicts itself: what the Injector writes does not unsay its own position.
@@ -305,40 +331,60 @@ def stop_signals() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, *, settings: dict,
-        backbone: dict | None, args: argparse.Namespace, processes: Processes, iters: int,
-        lr: float) -> None:
+def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
+                    ) -> list[float]:
+    """Leave the gradient of the mean over the global batch in the parameters, and return that mean
+    and its parts. A process takes its rows in some passes; then the processes add up."""
+    rank, world = run.processes
+    passes = run.args.accumulate
+    rows = batches.batch // (world * passes)                   # of one pass in one process
+    losses = 0
+    for i in range(passes):
+        first = (rank * passes + i) * rows
+        value, parts = loss(model, batches(step, slice(first, first + rows), run.device))
+        (value / (passes * world)).backward()
+        losses = losses + torch.cat((value.detach()[None], parts)) / (passes * world)
+    if world > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for tensor in [losses, *gradients]:
+            dist.all_reduce(tensor)
+    return losses.tolist()
+
+
+def any_process(run: Run, flag: bool) -> bool:
+    """Whether the flag is up in any process, so that all of them do the same."""
+    total = torch.tensor(float(flag), device=run.device)
+    if run.processes.world > 1:
+        dist.all_reduce(total)
+    return total.item() > 0
+
+
+def start_log(log: Path, n_lines: int) -> None:
+    """Keep the lines up to the checkpoint; what came after it will be written again."""
+    lines = log.read_bytes().splitlines(keepends=True) if n_lines else []
+    with write_atomically(log) as file:
+        file.writelines(lines[:n_lines])
+
+
+def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
+        lr: float, backbone: dict | None = None) -> None:
     """Train model in place for iters steps, its checkpoints in path, a log beside it. loss(model,
-    batch) gives the mean over the rows of a batch, and its parts to be logged."""
-    rank, world = processes
-    device = next(model.parameters()).device
+    batch) gives the mean over the rows of a batch, and its parts to be logged. backbone: what tells
+    the one that a memory belongs to."""
+    args, settings = run.args, run.settings
+    is_first_process = run.processes.rank == 0
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
     start = resume(path, model, optimizer, settings) if args.resume and path.exists() else 0
     log = path.with_suffix(".log.jsonl")
-    if rank == 0:                      # lines after the checkpoint will be written again
-        lines = log.read_bytes().splitlines(keepends=True) if start else []
-        with write_atomically(log) as file:
-            file.writelines(lines[:start])
-    rows = batches.batch // (world * args.accumulate)          # of one pass in one process
+    if is_first_process:
+        start_log(log, start)
     bar = tqdm(range(start, iters), path.stem, iters, initial=start,
-               disable=None if rank == 0 else True)            # None: on a terminal only
-    with stop_signals() as stop:
+               disable=None if is_first_process else True)     # None: on a terminal only
+    with stop_signals() as received:
         for step in bar:
-            # 1. the gradient of the mean over the global batch: passes, then processes
-            losses = 0
-            for i in range(args.accumulate):
-                first = (rank * args.accumulate + i) * rows
-                value, parts = loss(model, batches(step, slice(first, first + rows), device))
-                (value / (args.accumulate * world)).backward()
-                losses = losses + torch.cat((value.detach()[None], parts))
-            losses = losses / (args.accumulate * world)
-            stopped = torch.tensor([float(bool(stop))], device=device)
-            if world > 1:
-                for tensor in [losses, stopped, *(p.grad for p in model.parameters())]:
-                    if tensor is not None:
-                        dist.all_reduce(tensor)
+            # 1. the gradient; a number that is none is neither stepped nor saved
+            value, *parts = global_gradient(run, model, loss, batches, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-            value, *parts = losses.tolist()
             ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
                    f"{value} with a gradient of norm {norm}; go on from the last checkpoint, "
                    f"{path}, by --resume and a lower --lr, or clean the data")
@@ -350,21 +396,24 @@ def fit(model: nn.Module, loss: Callable, batches: Batches, path: Path, *, setti
 
             # 3. log and save; a finished run needs no optimiser any more
             done = step + 1
-            due = done % args.save_every == 0 or done == iters or stopped.item() > 0
-            if rank == 0:
+            stopped = any_process(run, bool(received))
+            due = done % args.save_every == 0 or done == iters or stopped
+            if is_first_process:
+                shown = f"loss {parts[0]:.3f} .. {parts[-1]:.3f}"
                 line = {"step": step, "loss": value, "by_step": parts, "norm": norm}
                 with blame(log, "make room"), open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                bar.set_postfix_str(f"loss {parts[0]:.3f} .. {parts[-1]:.3f}", refresh=False)
-                if bar.disable and due:
-                    print(f"{path.stem} {done}/{iters} loss {parts[0]:.3f} .. {parts[-1]:.3f}")
-            if rank == 0 and due:
-                more = {} if done == iters else {"optimizer": optimizer.state_dict()}
-                save_checkpoint(path, model, model.config, step=done, settings=settings,
-                                backbone=backbone, **more)
-            if stopped.item() > 0:
+                bar.set_postfix_str(shown, refresh=False)
+                if due:
+                    state = {} if done == iters else {"optimizer": optimizer.state_dict()}
+                    save_checkpoint(path, model, model.config, step=done, settings=settings,
+                                    backbone=backbone, **state)
+                    if bar.disable:
+                        print(f"{path.stem} {done}/{iters} {shown}")
+            if stopped:
                 bar.close()
-                print(f"stopped after step {done}; {path} is saved, go on with --resume")
+                if is_first_process:
+                    print(f"stopped after step {done}; {path} is saved, go on with --resume")
                 sys.exit(130)
 
 
@@ -403,7 +452,7 @@ def arguments() -> argparse.Namespace:
     add("--accumulate", type=COUNT, help="passes in which a process takes its rows")
     add("--lr", type=POSITIVE)
     add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=1500)
+    add("--backbone-iters", type=COUNT, default=3000)
     add("--backbone-batch", type=COUNT, default=128)
     add("--backbone-lr", type=POSITIVE, default=3e-3)
     add("--split", default="test", choices=("valid", "test"), help="where the problems are from")
@@ -416,11 +465,6 @@ def arguments() -> argparse.Namespace:
         if getattr(args, key) is None:
             setattr(args, key, value)
     return args
-
-
-# What a run cannot change when it is resumed, and its results do not hang on.
-NOT_SETTINGS = ("out", "resume", "save_every", "weights", "device", "compile", "accumulate",
-                "keep_activations", "split", "problems")
 
 
 def check_options(args: argparse.Namespace, out: Path) -> None:
@@ -460,12 +504,33 @@ def main() -> None:
         train(args, out, tiny, texts)
 
 
-def train(args: argparse.Namespace, out: Path, tiny: bool, texts: list[Text]) -> None:
-    settings = {key: str(value) for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    device, processes = start_device(args.device)
-    is_first_process = processes.rank == 0
+def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
+    """Train a tiny backbone in place, as LLaDA is, and save it as a checkpoint folder."""
+    batches = run.batches(run.args.backbone_batch, backbone.config.pad_id)
+    fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt",
+        iters=run.args.backbone_iters, lr=run.args.backbone_lr)
+    if run.processes.rank == 0:
+        save_backbone(backbone, run.out / "backbone", words)
 
-    # 1. the frozen backbone: off the shelf, or for tiny one of our own, trained as LLaDA is
+
+def train_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path, carry: str) -> None:
+    """Train a memory in place on a frozen backbone."""
+    batches = run.batches(run.args.batch, backbone.config.pad_id)
+    fit(run, memory, memory_loss(backbone, run.args.lam, carry), batches, path,
+        iters=run.args.iters, lr=run.args.lr,
+        backbone={"name": run.args.init, "digest": backbone.digest()})
+    memory.eval()
+
+
+def new_memory(run: Run, backbone: Backbone) -> MetaState:
+    torch.manual_seed(run.args.seed)
+    return MetaState(preset(backbone)).to(run.device)
+
+
+def train(args: argparse.Namespace, out: Path, tiny: bool, texts: list[Text]) -> None:
+    device, processes = start_device(args.device)
+
+    # 1. the frozen backbone: off the shelf, or for tiny one of our own
     torch.manual_seed(args.seed)
     if tiny:
         tokenizer = tiny_tokenizer(WORDS)
@@ -473,45 +538,30 @@ def train(args: argparse.Namespace, out: Path, tiny: bool, texts: list[Text]) ->
     else:
         tokenizer = load_tokenizer(args.weights or args.init)
         backbone = load_backbone(args.weights or args.init, device=device)
-    c = backbone.config
-    examples = tokenise(texts, tokenizer, c.eos_id, args.max_length)
-    gen_length = PROTOCOLS["dial"].settings["gen_length"] if tiny else 0
-
-    def batches(size: int) -> Batches:
-        return Batches(examples, size, seed=args.seed, pad_id=c.pad_id, answer_length=gen_length,
-                       K=args.K, alpha=args.alpha, confident=args.confident, think=args.think)
-
+    examples = tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
+    answer_length = PROTOCOLS["dial"].settings["gen_length"] if tiny else 0
+    run = Run(args, out, examples, answer_length, processes, device)
     if tiny:
-        fit(backbone, backbone_loss, batches(args.backbone_batch), out / "backbone.pt",
-            settings=settings, backbone=None, args=args, processes=processes,
-            iters=args.backbone_iters, lr=args.backbone_lr)
-        if is_first_process:
-            save_backbone(backbone, out / "backbone", WORDS)
+        train_backbone(run, backbone, WORDS)
     backbone.requires_grad_(False).eval()
     backbone.recompute = not tiny and not args.keep_activations
     if args.compile:
         backbone.compile_layers()
 
-    # 2. the memory; for tiny also the same modules trained without persistence
-    identity = {"name": args.init, "digest": backbone.digest()}
-    trained = {}
-    for name, carry in {"memory": args.carry, "memoryless": "reset"}.items():
-        if name == "memoryless" and not tiny:
-            continue
-        torch.manual_seed(args.seed)
-        memory = MetaState(preset(backbone)).to(device)
-        fit(memory, memory_loss(backbone, args.lam, carry), batches(args.batch),
-            out / f"{name}.pt", settings=settings, backbone=identity, args=args,
-            processes=processes, iters=args.iters, lr=args.lr)
-        trained[name] = memory.eval()
+    # 2. the memory; for tiny also the same modules without persistence, as a control
+    memory = new_memory(run, backbone)
+    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
+    if tiny:
+        memoryless = new_memory(run, backbone)
+        train_memory(run, backbone, memoryless, out / "memoryless.pt", "reset")
 
     # 3. the tables
-    if not is_first_process:
+    if processes.rank > 0:
         return
     if tiny and args.problems:
-        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), gen_length)
-        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), gen_length)
-        tables(bench, valid, trained["memory"], trained["memoryless"], out)
+        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), answer_length)
+        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), answer_length)
+        tables(bench, valid, memory, memoryless, out)
     print(f"all is in {out}; now try\n"
           f"  python sample.py --init {out} --think 4 --steps 1 --show-steps\n"
           f"  python eval_gsm8k.py --init {out}")

@@ -20,15 +20,18 @@ Where this departs from the paper or is not settled by it:
 - The filter begins right above L; the released code begins at 3,000 for L = 2,000.
 - Toy scale: two layers, L = 128, one made-up language.
 
-Released weights of Mamba-130M (model.safetensors of state-spaces/mamba-130m or -hf on
-huggingface.co) and a text as token ids of EleutherAI/gpt-neox-20b, an array saved by numpy:
+The same with released weights, model.safetensors of state-spaces/mamba-130m or mamba-130m-hf on
+huggingface.co (not tried on them), and token ids (1, 16000) of EleutherAI/gpt-neox-20b:
 
-    python experiments/longmamba.py --weights model.safetensors --ids book.npy
+    model = load_mamba(path, MAMBA_130M)
+    calibration = calibrate(model, texts, [16000], clamp=0.2)          # texts (5, 2000)
+    logits, states = model(ids, rules=make_rules(calibration, 16000, theta=1e-30))
 """
 import argparse
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -42,7 +45,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model import InputError, blame, ensure, read_safetensors, write_atomically  # noqa: E402
+from model import InputError, blame, read_safetensors, write_atomically  # noqa: E402
 
 Rule = Callable[[Tensor], Tensor]          # Delta (B, T, E) -> Delta (B, T, E)
 
@@ -89,7 +92,8 @@ def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Tenso
     padding = -length % chunk      # with Delta = 0: it neither decays the state nor writes
 
     def cut(v: Tensor) -> Tensor:
-        return F.pad(v, (0, 0, 0, padding)).unflatten(1, (-1, chunk))  # (B, K, Q, E or N)
+        padded = F.pad(v, (0, 0, 0, padding))
+        return padded.unflatten(1, (-1, chunk))                        # (B, K, Q, E or N)
 
     inputs = cut(delta * x)
     delta = cut(delta)
@@ -115,7 +119,8 @@ def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Tenso
     # 3. What that state still adds to every output of the chunk.
     for q in range(chunk):
         carried = torch.exp(elapsed[:, :, q, None] * A) * start
-        outputs[q] = outputs[q] + (read[:, :, q, :, None] * carried).sum(dim=2)
+        late = (read[:, :, q, :, None] * carried).sum(dim=2)
+        outputs[q] = outputs[q] + late                                 # (B, K, E)
     y = torch.stack(outputs, dim=2).flatten(1, 2)                      # (B, T + padding, E)
     return y[:, :length], h
 
@@ -185,7 +190,8 @@ class Mamba(nn.Module):
         for layer in self.layers:
             m = layer.mixer
             rates = torch.arange(1, m.d_state + 1).float()
-            delta = torch.exp(torch.empty(m.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
+            log_delta = torch.empty(m.d_inner).uniform_(math.log(1e-3), math.log(1e-1))
+            delta = torch.exp(log_delta)
             bound = m.rank ** -0.5
             with torch.no_grad():
                 m.A_log.copy_(rates.log().expand(m.d_inner, -1))
@@ -193,30 +199,20 @@ class Mamba(nn.Module):
                 m.dt_proj.bias.copy_(torch.log(torch.expm1(delta)))    # softplus undoes it
                 m.out_proj.weight.mul_(len(self.layers) ** -0.5)
 
-    def run(self, ids: Tensor, states: list | None = None, rules: list[Rule] | None = None
-            ) -> tuple[Tensor, list]:
-        """ids (B, T) -> (B, T, D), and the states after them. Without states it is a prefill;
-        only a prefill is filtered, as in the released code."""
-        no_rules = [None] * len(self.layers)
+    def forward(self, ids: Tensor, states: list | None = None, rules: list[Rule] | None = None
+                ) -> tuple[Tensor, list]:
+        """ids (B, T) -> logits (B, T, V), and the states after them. Without states it is a
+        prefill; only a prefill is filtered, as in the released code."""
         if states is not None or rules is None:
-            rules = no_rules
+            rules = [None] * len(self.layers)
         if states is None:
             states = [layer.mixer.empty_state(len(ids)) for layer in self.layers]
-        x = self.embedding(ids)
+        x = self.embedding(ids)                                        # (B, T, D)
         new_states = []
         for layer, state, rule in zip(self.layers, states, rules):
             x, state = layer(x, state, rule)
             new_states.append(state)
-        return self.norm_f(x), new_states
-
-    def head(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.embedding.weight)
-
-    def forward(self, ids: Tensor, states: list | None = None, rules: list[Rule] | None = None
-                ) -> tuple[Tensor, list]:
-        """Logits (B, T, V) and states."""
-        x, states = self.run(ids, states, rules)
-        return self.head(x), states
+        return F.linear(self.norm_f(x), self.embedding.weight), new_states
 
 
 def load_mamba(path: Path, config: Config) -> Mamba:
@@ -258,10 +254,14 @@ def record_delta(model: Mamba, ids: Tensor) -> list[Tensor]:
     """Delta of every layer, (B, T, E) each."""
     found = []
     handles = []
+
+    def record(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        found.append(F.softplus(output))
+
     for layer in model.layers:
-        hook = lambda module, inputs, output: found.append(F.softplus(output))  # noqa: E731
-        handles.append(layer.mixer.dt_proj.register_forward_hook(hook))
-    model.run(ids)
+        handle = layer.mixer.dt_proj.register_forward_hook(record)
+        handles.append(handle)
+    model(ids)
     for handle in handles:
         handle.remove()
     return found
@@ -305,12 +305,11 @@ ARMS = ("LongMamba", "random tokens", "Delta scaled", "local filtered", "all fil
 
 def make_rule(channels: Channels, length: int, theta: float, arm: str) -> Rule:
     """What becomes of one layer's Delta. The first arm is the method, the others are controls."""
-    is_global = channels.decay > theta                                 # (E,)
-    touched = is_global
+    touched = channels.decay > theta                                   # (E,) the global ones
     if arm == "local filtered":
-        touched = ~is_global
+        touched = ~touched
     if arm == "all filtered":
-        touched = torch.ones_like(is_global)
+        touched = torch.ones_like(touched)
 
     def rule(delta: Tensor) -> Tensor:                                 # (B, T, E)
         kept = delta > channels.thresholds[length]
@@ -423,7 +422,8 @@ class Stage(NamedTuple):
 
 
 # Short first: at length 128 alone, recall may stay at chance for a long time.
-STAGES = (Stage(32, 500, 3e-3, 4, (1, 8)), Stage(128, 400, 2e-3, 7, SENTENCE))
+STAGES = (Stage(32, 500, 3e-3, 4, (2, 8)),
+          Stage(128, 400, 2e-3, 7, SENTENCE))
 TRAIN_LENGTH = STAGES[-1].length
 BATCH_SIZE = 16
 TEXT_WEIGHT = 0.3
@@ -479,34 +479,32 @@ N_TEST = 64
 TOKENS_AT_ONCE = 8192
 
 
-class Scores(NamedTuple):
-    """By sequence, (n,) each."""
-    needle: Tensor                 # 1: right
-    agreement: Tensor              # share of subjects that are right
-    text: Tensor                   # loss of the next token
-    answer: Tensor                 # loss of the needle's value
-
-
-def evaluate(model: Mamba, batch: Batch, rules: list[Rule] | None = None) -> Scores:
+def evaluate(model: Mamba, batch: Batch, rules: list[Rule] | None = None) -> dict[str, list]:
+    """By sequence: needle (1: right), agreement (share of subjects that are right), text and answer
+    (losses of the next token and of the needle's value)."""
     size = max(1, TOKENS_AT_ONCE // batch.ids.shape[1])
-    parts = []
-    for piece in zip(*(v.split(size) for v in batch)):
-        part = Batch(*piece)
+    scores = {"needle": [], "agreement": [], "text": [], "answer": []}
+    for pieces in zip(*(field.split(size) for field in batch)):
+        part = Batch(*pieces)
         logits, _ = model(part.ids, rules=rules)
-        parts.append(torch.stack(score(logits, part)))                 # (4, size)
-    return Scores(*torch.cat(parts, dim=1))
+        for name, values in score(logits, part).items():
+            scores[name] += values.tolist()
+    return scores
 
 
-def score(logits: Tensor, batch: Batch) -> Scores:
+def score(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     value = batch.answer[:, -1]
-    needle = (logits[:, -1].argmax(dim=-1) == value).float()
-    answer = F.cross_entropy(logits[:, -1], value, reduction="none")
+    guess = logits.argmax(dim=-1)                                      # (n, T)
     places = agreement_places(batch)
-    right = (logits.argmax(dim=-1) == batch.text) & places
-    agreement = right.sum(dim=1) / places.sum(dim=1)
+    right = (guess == batch.text) & places
     loss = F.cross_entropy(logits.mT, batch.text, reduction="none")    # 0 where there is no target
-    text = loss.sum(dim=1) / (batch.text != NOTHING).sum(dim=1)
-    return Scores(needle, agreement, text, answer)
+    n_target = (batch.text != NOTHING).sum(dim=1)
+    return {
+        "needle": (guess[:, -1] == value).float(),
+        "agreement": right.sum(dim=1) / places.sum(dim=1),
+        "text": loss.sum(dim=1) / n_target,
+        "answer": F.cross_entropy(logits[:, -1], value, reduction="none"),
+    }
 
 
 class Setting(NamedTuple):
@@ -521,46 +519,45 @@ def choose(model: Mamba, calibrations: dict[float, Calibration], batch: Batch, a
         for theta in THETAS:
             rules = make_rules(calibration, batch.ids.shape[1], theta, arm)
             scores = evaluate(model, batch, rules)
-            losses[Setting(theta, clamp)] = (scores.answer.mean() + scores.text.mean()).item()
+            loss = np.mean(scores["answer"]) + np.mean(scores["text"])
+            losses[Setting(theta, clamp)] = loss
     return min(losses, key=losses.get)
 
 
 def compare(model: Mamba, seed: int) -> dict:
-    """Scores of vanilla Mamba and of every arm at every length, and at the longest those of every
-    control with the setting that is best for itself."""
+    """Scores of vanilla Mamba and of every arm at every length, all arms with the setting that is
+    best for LongMamba; and at the longest, every control with the one that is best for itself."""
     sequences = draw(generator(seed, "calibrate"), N_CALIBRATE, TRAIN_LENGTH).ids
     longer = [length for length in LENGTHS if length > TRAIN_LENGTH]
     calibrations = {clamp: calibrate(model, sequences, longer, clamp) for clamp in CLAMPS}
     validation = draw(generator(seed, "choose"), N_CHOOSE, CHOOSE_LENGTH)
-    settings = {arm: choose(model, calibrations, validation, arm) for arm in ARMS}
-    chosen = settings["LongMamba"]
-    calibration = calibrations[chosen.clamp]
+    settings = {}
+    for arm in tqdm(ARMS, f"seed {seed}, choosing", leave=False):
+        settings[arm] = choose(model, calibrations, validation, arm)
+    theta, clamp = settings["LongMamba"]
+    calibration = calibrations[clamp]
     rng = generator(seed, "test")
     scores = {arm: {} for arm in ("vanilla", *ARMS)}
-    for length in LENGTHS:
+    for length in tqdm(LENGTHS, f"seed {seed}, testing", leave=False):
         batch = draw(rng, N_TEST, length)
-        scores["vanilla"][length] = evaluate(model, batch)
+        scores["vanilla"][str(length)] = evaluate(model, batch)
         for arm in ARMS:
-            rules = make_rules(calibration, length, chosen.theta, arm)
-            scores[arm][length] = evaluate(model, batch, rules)
-    for arm in ARMS[1:]:
-        theta, clamp = settings[arm]
-        rules = make_rules(calibrations[clamp], length, theta, arm)
-        scores[f"{arm}, own setting"] = {length: evaluate(model, batch, rules)}
-    n_global = [int((c.decay > chosen.theta).sum()) for c in calibration.layers]
-    return {"settings": settings, "global": n_global, "scores": plain(scores)}
-
-
-def plain(scores: dict[str, dict[int, Scores]]) -> dict:
-    """Lists instead of tensors, for JSON."""
-    return {arm: {str(length): {name: values.tolist() for name, values in s._asdict().items()}
-                  for length, s in by_length.items()} for arm, by_length in scores.items()}
+            rules = make_rules(calibration, length, theta, arm)
+            scores[arm][str(length)] = evaluate(model, batch, rules)
+    for arm in ARMS[1:]:                   # batch and length are still the longest
+        own = settings[arm]
+        rules = make_rules(calibrations[own.clamp], length, own.theta, arm)
+        scores[f"{arm}, own setting"] = {str(length): evaluate(model, batch, rules)}
+    n_global = [int((layer.decay > theta).sum()) for layer in calibration.layers]
+    return {"settings": settings, "n_global": n_global, "scores": scores}
 
 
 # -------------------------------------------------------------------------------------- REPORT
 
 RESULTS = Path("out/longmamba/results.json")
 PICTURE = ROOT / "assets" / "longmamba.png"
+TITLES = {"needle": "needle recalled, % [95 % interval]", "agreement": "subject after VERB, %",
+          "text": "loss of the text, nats"}
 STYLE = {"vanilla": "k--", "LongMamba": "C0o-", "random tokens": "C1s-", "Delta scaled": "C2d-",
          "local filtered": "C4v-", "all filtered": "C3^-"}
 
@@ -570,38 +567,39 @@ def wilson(right: np.ndarray) -> tuple[float, float]:
     n = len(right)
     z2 = 1.96 ** 2
     centre = (right.sum() + z2 / 2) / (n + z2)
-    spread = math.sqrt(n * right.mean() * (1 - right.mean()) + z2 / 4) * 1.96 / (n + z2)
-    return centre - spread, centre + spread
+    variance = n * right.mean() * (1 - right.mean())
+    half = 1.96 * math.sqrt(variance + z2 / 4) / (n + z2)
+    return centre - half, centre + half
 
 
 def pooled(results: dict, arm: str, length: int, name: str) -> np.ndarray:
     """The values of all sequences of all seeds."""
-    values = [run["scores"][arm][str(length)][name] for run in results.values()]
-    return np.concatenate(values)
+    scores = [run["scores"][arm][str(length)] for run in results.values()]
+    return np.concatenate([by_name[name] for by_name in scores])
 
 
 def cell(results: dict, arm: str, length: int, name: str) -> str:
     if str(length) not in next(iter(results.values()))["scores"][arm]:
-        return ""
+        return ""                          # controls with their own setting: the longest alone
     values = pooled(results, arm, length, name)
+    mean = values.mean()
     if name == "text":
-        return f"{values.mean():.3f}"
+        return f"{mean:.3f}"
     if name == "agreement":
-        return f"{100 * values.mean():.1f}"
+        return f"{100 * mean:.1f}"
     low, high = wilson(values)
-    return f"{100 * values.mean():.1f} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def report(results: dict) -> None:
     for seed, run in results.items():
-        print(f"seed {seed}: {run['global']} of {TOY.expand * TOY.d_model} channels are global")
+        print(f"seed {seed}: trained in {run['seconds']:.0f} s; by layer, {run['n_global']} of "
+              f"{TOY.expand * TOY.d_model} channels are global")
         for arm, (theta, clamp) in run["settings"].items():
             print(f"    best for {arm}: theta {theta:g}, C {100 * clamp:g} %")
-    titles = {"needle": "Needle recalled, % [95 % interval]", "text": "Loss of the text, nats",
-              "agreement": "Subject after VERB right, %"}
-    arms = list(next(iter(results.values()))["scores"])
-    for name, title in titles.items():
-        print(f"\n{title}\n\n| length | {' | '.join(map(str, LENGTHS))} |")
+    arms = next(iter(results.values()))["scores"]
+    for name, title in TITLES.items():
+        print(f"\n| {title} | {' | '.join(map(str, LENGTHS))} |")
         print("|---" * (len(LENGTHS) + 1) + "|")
         for arm in arms:
             cells = [cell(results, arm, length, name) for length in LENGTHS]
@@ -609,17 +607,21 @@ def report(results: dict) -> None:
 
 
 def plot(results: dict) -> None:
-    """Needle and agreement by length, with 95 % intervals for the needle."""
-    import matplotlib.pyplot as plt
+    """Needle, with 95 % intervals, and agreement by length."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("the picture needs matplotlib; pip install matplotlib")
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for arm, style in STYLE.items():
-        needle = [pooled(results, arm, length, "needle") for length in LENGTHS]
-        mean = np.array([values.mean() for values in needle])
-        low, high = np.array([wilson(values) for values in needle]).T
-        bars = 100 * np.clip([mean - low, high - mean], 0, None)
-        left.errorbar(LENGTHS, 100 * mean, bars, fmt=style, capsize=2, label=arm)
-        agreement = [100 * pooled(results, arm, length, "agreement").mean() for length in LENGTHS]
-        right.plot(LENGTHS, agreement, style, label=arm)
+        needle = [100 * pooled(results, arm, length, "needle") for length in LENGTHS]
+        mean = np.mean(needle, axis=1)
+        ends = [wilson(values / 100) for values in needle]
+        low, high = 100 * np.array(ends).T
+        bars = np.maximum([mean - low, high - mean], 0)    # 100 % and its end may differ by a bit
+        left.errorbar(LENGTHS, mean, bars, fmt=style, capsize=2, label=arm)
+        agreement = [100 * pooled(results, arm, length, "agreement") for length in LENGTHS]
+        right.plot(LENGTHS, np.mean(agreement, axis=1), style)
     left.set_title("needle recalled: a global memory")
     right.set_title("subject after VERB: a local memory")
     left.set_ylabel("right (%)")
@@ -629,82 +631,44 @@ def plot(results: dict) -> None:
         axis.set_xlabel(f"length of the input (trained at {TRAIN_LENGTH})")
     left.legend()
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
-    print(f"drawn: {PICTURE}")
-
-
-# ---------------------------------------------------------------------------- RELEASED WEIGHTS
-
-PAPER = Setting(theta=1e-30, clamp=0.2)    # for Mamba-1.4B, as notes on the paper give it
-PAPER_LENGTH = 2000
-N_SCORED = 100                             # last tokens of a window
-
-
-def long_text(model: Mamba, ids: Tensor, lengths: list[int], train_length: int = PAPER_LENGTH,
-              n_window: int = 5) -> dict[int, tuple[float, float]]:
-    """Loss of a window's last tokens, vanilla and filtered, by the window's length. ids (n,): the
-    first windows of the training length calibrate, the text after them is scored."""
-    n_calibrate = n_window * train_length
-    needed = n_calibrate + max(lengths) + 1
-    ensure(len(ids) >= needed, f"the text has {len(ids)} tokens; at least {needed} are needed")
-    sequences = ids[:n_calibrate].view(n_window, train_length)
-    calibration = calibrate(model, sequences, lengths, PAPER.clamp)
-    rest = ids[n_calibrate:]
-    losses = {}
-    for length in lengths:
-        starts = np.linspace(0, len(rest) - length - 1, n_window).astype(int)
-        found = []
-        for start in starts:
-            window = rest[None, start:start + length]                  # (1, S)
-            target = rest[start + 1:start + length + 1][-N_SCORED:]
-            for rules in (None, make_rules(calibration, length, PAPER.theta)):
-                x, _ = model.run(window, rules=rules)
-                logits = model.head(x[0, -N_SCORED:])
-                found.append(F.cross_entropy(logits, target).item())
-        losses[length] = (np.mean(found[0::2]), np.mean(found[1::2]))
-    return losses
-
-
-@torch.no_grad()
-def report_long_text(weights: Path, ids_path: Path | None) -> None:
-    ensure(ids_path is not None, "--weights needs a text: give --ids FILE.npy, an array of ids")
-    with blame(ids_path, "give a one-dimensional array of token ids, saved by numpy"):
-        ids = torch.from_numpy(np.load(ids_path).astype(np.int64)).view(-1)
-    ensure(ids.numel() > 0 and 0 <= ids.min() and ids.max() < MAMBA_130M.vocab_size,
-           f"{ids_path} needs token ids from 0 to {MAMBA_130M.vocab_size - 1}")
-    model = load_mamba(weights, MAMBA_130M)
-    print("| length | vanilla | LongMamba |\n|---|---|---|")
-    for length, (vanilla, filtered) in long_text(model, ids, [2000, 4000, 8000, 16000]).items():
-        print(f"| {length} | {vanilla:.3f} | {filtered:.3f} |")
+    with write_atomically(PICTURE) as file:
+        figure.savefig(file, dpi=110, format="png")
+    print(f"{PICTURE} is drawn")
 
 
 # ---------------------------------------------------------------------------------------- MAIN
 
+def seed_number(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise ValueError
+    return value
+
+
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)               # tensors are small: more threads do not pay
-    if args.weights is not None:
-        return report_long_text(args.weights, args.ids)
     if args.plot:
         with blame(RESULTS, "make it with: python experiments/longmamba.py --seeds 0 1 2"):
-            results = json.loads(RESULTS.read_text())
-        return plot(results)
+            plot(json.loads(RESULTS.read_text()))
+        return
+    with blame(RESULTS.parent, "run where a folder can be made"):
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
     results = {}
     for seed in args.seeds:
+        start = time.time()
         model = train(seed)
+        seconds = time.time() - start
         torch.manual_seed(seed)            # for the random tokens
-        results[str(seed)] = compare(model, seed)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    with write_atomically(RESULTS) as file:
-        file.write(json.dumps(results).encode())
+        results[str(seed)] = {"seconds": seconds, **compare(model, seed)}
+        with write_atomically(RESULTS) as file:
+            file.write(json.dumps(results).encode())
     report(results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs to make")
-    parser.add_argument("--plot", action="store_true", help="draw the picture; needs matplotlib")
-    parser.add_argument("--weights", type=Path, help="model.safetensors of Mamba-130M")
-    parser.add_argument("--ids", type=Path, help="a text for --weights: token ids, a .npy file")
+    parser = argparse.ArgumentParser(description="Train a small Mamba and test LongMamba on it.")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one run each")
+    parser.add_argument("--plot", action="store_true", help="only draw the picture of the last run")
     try:
         run(parser.parse_args())
     except InputError as error:

@@ -1,22 +1,44 @@
+"""What the tests share: one thread, so that results are the same to the bit, and small models."""
+import os
+import signal
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"             # read when numpy and torch are imported, in children too
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                               # reproducible to the bit
 
-from dataclasses import replace  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from metastate import MemoryConfig, MetaState  # noqa: E402
 from model import TINY, Backbone  # noqa: E402
 
+torch.set_num_threads(1)
+
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = ROOT.parent / "shared" / "golden"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the data sets and vocabularies beside "
-                                  "this checkout, which the repository may not hold, are not there")
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the data sets and vocabularies "
+                                  "beside this checkout, which the repository may not hold, are "
+                                  "not there")
+
+
+@contextmanager
+def at_most(seconds: int):
+    """Fail, instead of waiting on, where the block takes longer."""
+    def give_up(*_):
+        pytest.fail(f"not done after {seconds} s")     # no Exception: nobody catches it
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

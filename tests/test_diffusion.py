@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import GOLDEN
-from diffusion import choose, cross_entropy, diffusion_loss, dream_tokens, generate, llada_tokens, \
-    unroll
+from diffusion import (RandomStreams, Sampling, Turn, best_positions, cross_entropy, diffusion_loss,
+                       generate, propose_dream, propose_llada, select_by_chance, select_share,
+                       unroll)
 from metastate import MemoryConfig, MetaState
 from model import TINY, InputError, load_backbone
 
@@ -37,9 +38,12 @@ def test_samplers_equal_the_reference_step_by_step(case, with_memory):
     assert states == case["states_after_each_step"] and states[-1] == out.tolist()
 
 
-SETTINGS = [dict(steps=12), dict(steps=6, block_length=4), dict(steps=5, remasking="entropy"),
+SETTINGS = [dict(steps=1, threshold=0.02, block_length=4), dict(steps=6, think=3, block_length=4),
+            dict(steps=3, cfg_scale=1.0, block_length=4, think=2, threshold=0.02),
+            dict(steps=6, remasking="origin", block_length=4),
+            dict(steps=12), dict(steps=6, block_length=4), dict(steps=5, remasking="entropy"),
             dict(steps=24, block_length=6), dict(steps=12, remasking="topk_margin", alg_temp=0.3),
-            dict(steps=3, temperature=0.7), dict(steps=4, remasking="origin", temperature=1.0),
+            dict(steps=3, temperature=0.7, think=1), dict(steps=4, remasking="origin", temperature=1.0),
             dict(steps=4, remasking="random"), dict(steps=1, threshold=0.02), dict(steps=4, cfg_scale=1.0),
             dict(steps=4, remasking="maskgit_plus", top_p=0.9, top_k=20, temperature=0.5)]
 
@@ -79,7 +83,7 @@ def counts(**settings):
     from model import Backbone
     found = []
     generate(Backbone(TINY), torch.zeros(1, 3, dtype=torch.long), **settings,
-             on_step=lambda canvas, revealed, *_: found.append(int(revealed.sum())))
+             on_step=lambda canvas, found_now: found.append(int(found_now.revealed.sum())))
     return found
 
 
@@ -101,7 +105,7 @@ def test_dream_with_1024_steps_reveals_late():
 def test_threshold_takes_what_is_surer_and_at_least_one(backbone):
     prompt, seen = torch.randint(300, (2, 4)), []
     generate(backbone, prompt, gen_length=10, steps=1, threshold=0.05,
-             on_step=lambda canvas, revealed, confidence, _: seen.append((revealed, confidence)))
+             on_step=lambda canvas, found: seen.append((found.revealed, found.confidence)))
     for revealed, confidence in seen:
         assert ((confidence >= 0.05) <= revealed).all()
         for row, sure in zip(revealed, confidence):
@@ -117,30 +121,82 @@ def test_infilling_completes_a_text_in_place(backbone):
     assert torch.equal(out[ids != MASK], ids[ids != MASK]) and not (out == MASK).any()
 
 
+def turn(n, step=0, n_begin=None, seed=0, **settings):
+    """One row of n eligible positions."""
+    eligible = torch.ones(1, n, dtype=torch.bool)
+    begin = torch.tensor([n if n_begin is None else n_begin])
+    config = replace(TINY, vocab_size=5, mask_id=4, eos_id=3)
+    return Turn(eligible, begin, step, Sampling(**settings), config, RandomStreams([seed], "cpu"))
+
+
 def test_temperature_samples_the_softmax():
     """Gumbel-max draws from softmax(logits / T), and the confidence is that without noise."""
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, 9.0]), 40_000        # the last is the mask
-    uniform = lambda width, dtype: torch.rand(n, width, dtype=dtype)  # noqa: E731
-    torch.manual_seed(0)
-    tokens, sure = llada_tokens(logits.repeat(n, 1), uniform, 0.5, [], 4, torch.float32)
+    tokens, confidence = propose_llada(logits.repeat(n, 1), turn(n, temperature=0.5))
     want = (logits[:4] / 0.5).softmax(0)
     torch.testing.assert_close(tokens.bincount(minlength=4) / n, want, atol=0.01, rtol=0)
-    torch.testing.assert_close(sure, logits.softmax(0)[tokens])
-    tokens, sure = dream_tokens(logits.repeat(n, 1), uniform, 0.5, "maskgit_plus", 4, None, None,
-                                torch.float32)
+    torch.testing.assert_close(confidence, logits.softmax(0)[tokens])
+    tokens, confidence = propose_dream(logits.repeat(n, 1),
+                                       turn(n, temperature=0.5, remasking="maskgit_plus"))
     torch.testing.assert_close(tokens.bincount(minlength=4) / n, want, atol=0.01, rtol=0)
+
+
+def dream_confidence(p, **settings):
+    settings.setdefault("remasking", "maskgit_plus")
+    tokens, confidence = propose_dream(p.log(), turn(1, **settings))
+    return tokens.item(), confidence.item()
 
 
 def test_top_p_and_top_k_filter_before_the_confidence():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.04, 0.01]])
-    first = lambda **f: dream_tokens(p.log(), None, 0, "maskgit_plus", 4, f.get("p"), f.get("k"),  # noqa: E731
-                                     torch.float32)[1].item()
-    assert first() == pytest.approx(0.5)
-    assert first(k=2) == pytest.approx(0.5 / 0.8)
-    assert first(p=0.6) == pytest.approx(0.5 / 0.8)    # the first token beyond 0.6 stays
-    assert first(p=0.45) == pytest.approx(1.0)
-    entropy = dream_tokens(p.log(), None, 0, "entropy", 4, None, 2, torch.float32)[1].item()
-    assert entropy == pytest.approx(sum(q * torch.tensor(q).log().item() for q in (0.625, 0.375)), abs=1e-5)
+    assert dream_confidence(p)[1] == pytest.approx(0.5)
+    assert dream_confidence(p, top_k=2)[1] == pytest.approx(0.5 / 0.8)
+    assert dream_confidence(p, top_p=0.6)[1] == pytest.approx(0.5 / 0.8)   # the one beyond stays
+    assert dream_confidence(p, top_p=0.45)[1] == pytest.approx(1.0)
+    entropy = sum(q * torch.tensor(q).log().item() for q in (0.625, 0.375))
+    found = dream_confidence(p, top_k=2, remasking="entropy")[1]
+    assert found == pytest.approx(entropy, abs=1e-5)
+    margin = dream_confidence(p, remasking="topk_margin")[1]
+    assert margin == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=1), dict(top_p=0.5)])
+def test_where_the_mask_alone_would_survive_the_best_other_token_is_written(settings):
+    p = torch.tensor([[0.01, 0.02, 0.06, 0.01, 0.9]])                  # the last is the mask
+    assert dream_confidence(p, **settings)[0] == 2
+
+
+def test_origin_reveals_each_with_the_probability_of_its_share_and_all_in_the_last_step():
+    """Steps 0 and 1 of 2: timesteps 1, 0.5005, 0.001, so the first share is 0.4995."""
+    n = 20_000
+    first = select_by_chance(torch.zeros(1, n), turn(n, 0, steps=2, remasking="origin"))
+    assert first.float().mean().item() == pytest.approx(0.4995, abs=0.015)
+    assert select_by_chance(torch.zeros(1, n), turn(n, 1, steps=2, remasking="origin")).all()
+
+
+def test_alg_temp_reveals_the_surer_the_sooner():
+    """Gumbel-top-1 of confidence / alg_temp draws from its softmax."""
+    confidence = torch.tensor([[0.9, 0.5, 0.1]])
+    want = (confidence / 0.4).softmax(-1)[0]
+    drawn = torch.zeros(3)
+    for seed in range(3000):                           # one of three: share 0.3335 of 3 masks
+        settings = dict(steps=2, remasking="maskgit_plus", alg_temp=0.4)
+        one = turn(3, 0, seed=seed, **settings)
+        drawn += select_share(confidence, one)[0].float()
+    torch.testing.assert_close(drawn / drawn.sum(), want, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("remasking", ["random", "origin"])
+def test_random_orders_do_not_look_at_the_confidence(remasking, backbone):
+    order = []
+    generate(backbone, torch.randint(300, (1, 4)), gen_length=40, steps=40, remasking=remasking,
+             on_step=lambda canvas, found: order.extend(found.revealed[0].nonzero()[:, 0].tolist()))
+    assert sorted(order) == list(range(4, 44)) and order != sorted(order)
+    surest = []
+    generate(backbone, torch.randint(300, (1, 4)), gen_length=40, steps=40,
+             on_step=lambda canvas, found: surest.append(
+                 found.confidence[found.revealed].min() >= found.confidence.max()))
+    assert all(surest)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -151,8 +207,8 @@ def test_end_of_text_comes_last_at_every_temperature(temperature, backbone):
         backbone.lm_head.weight[[TINY.eos_id, TINY.eos_id - 2]] *= 30
     order = []
     generate(backbone, torch.randint(300, (1, 4)), gen_length=12, steps=12, temperature=temperature,
-             confidence_eos_eot_inf=True, on_step=lambda canvas, revealed, confidence, _: order.append(
-                 (canvas[revealed].item(), confidence[revealed].item())))
+             confidence_eos_eot_inf=True, on_step=lambda canvas, found: order.append(
+                 (canvas[found.revealed].item(), found.confidence[found.revealed].item())))
     ends = [token in (TINY.eos_id, TINY.eos_id - 2) for token, _ in order]
     assert any(ends)
     assert all(sure == 0 for (_, sure), end in zip(order, ends) if end)
@@ -167,46 +223,67 @@ def test_logits_eos_inf_bans_end_of_text(backbone):
     assert (free == TINY.eos_id).any() and not (banned == TINY.eos_id).any()
 
 
+def slots_by_pass(backbone, memory, prompt, **settings):
+    found = []
+    out = generate(backbone, prompt, memory=memory, **settings,
+                   on_step=lambda canvas, now: found.append(now.slots))
+    return found, out
+
+
 def test_memory_between_steps(backbone, memory):
-    """keep, reset, shuffle and the reset at block boundaries are four different things."""
+    """keep, reset and shuffle are three different things, and the first pass knows none of them."""
     torch.manual_seed(5)
     prompt = torch.randint(300, (4, 6))
-    trace = {}
-    for name, more in dict(keep={}, reset={"carry": "reset"}, shuffle={"carry": "shuffle"},
-                           blocks={"reset_at_block": True}).items():
-        trace[name] = []
-        generate(backbone, prompt, gen_length=8, steps=4, block_length=4, memory=memory, **more,
-                 on_step=lambda canvas, revealed, confidence, t: trace[name].append(t[0]["slot_change"]))
-    first = {name: t[0] for name, t in trace.items()}
-    assert all(torch.equal(first["keep"], t) for t in first.values())
-    assert not torch.equal(trace["keep"][1], trace["reset"][1])
-    assert not torch.equal(trace["keep"][1], trace["shuffle"][1])
-    assert torch.equal(trace["keep"][1], trace["blocks"][1])
-    assert not torch.equal(trace["keep"][2], trace["blocks"][2])
+    found = {carry: slots_by_pass(backbone, memory, prompt, gen_length=8, steps=4, carry=carry)[0]
+             for carry in ("keep", "reset", "shuffle")}
+    assert torch.equal(found["keep"][0], found["reset"][0])
+    assert torch.equal(found["keep"][0], found["shuffle"][0])
+    assert not torch.equal(found["keep"][1], found["reset"][1])
+    assert not torch.equal(found["keep"][1], found["shuffle"][1])
+    with pytest.raises(InputError, match="two samples"):
+        generate(backbone, prompt[:1], gen_length=8, steps=4, memory=memory, carry="shuffle")
 
 
-def test_updates_are_spread_over_the_answer(backbone, memory):
-    """With n_updates = 3 and 12 tokens, in one step each: after 0, 4 and 8 of them; and never more
-    than one in a step."""
-    def changes(n, steps, **more):
-        memory.config, trace = replace(memory.config, n_updates=n), []
-        out = generate(backbone, torch.randint(300, (2, 3)), gen_length=12, steps=steps, memory=memory, **more,
-                       on_step=lambda canvas, revealed, confidence, t: trace.append(t[0]["slot_change"]))
-        assert not (out == MASK).any()
-        return [bool(change.all()) for change in trace if change.any() == change.all()]
+def test_the_memory_alone_changes_while_it_thinks(backbone, memory):
+    prompt = torch.randint(300, (2, 5))
+    seen = []
+    generate(backbone, prompt, gen_length=8, steps=4, block_length=4, think=3, memory=memory,
+             on_step=lambda canvas, found: seen.append((canvas, found)))
+    thinking, writing = seen[:3], seen[3:]
+    assert [int(found.revealed.sum()) for _, found in writing] == [4] * 4      # 2 a row
+    for canvas, found in thinking:                     # the first block is looked at, not written
+        assert (canvas[:, 5:] == MASK).all() and not found.revealed.any()
+        assert found.eligible.nonzero()[:, 1].max() < 9
+    assert not torch.equal(thinking[0][1].slots, thinking[1][1].slots)
+    assert not torch.equal(thinking[1][1].slots, thinking[2][1].slots)
 
-    assert changes(3, 12) == [True, False, False, False] * 3
-    assert changes(3, 4) == [True, False, True, True]           # after 0, 3, 6 and 9 tokens
-    assert changes(6, 3) == [True] * 3 and changes(None, 12) == [True] * 12
-    assert changes(3, 4, remasking="entropy") == [True, False, True, True]
-    assert changes(3, 4, cfg_scale=1.0, block_length=6) == [True, False, True, True]
+
+@pytest.mark.parametrize("carry", ["without", "reset", "keep"])
+def test_without_a_memory_no_pass_over_the_same_masks_can_differ(carry, backbone, memory):
+    """The input of every thinking pass is the same, so only what is carried over can matter."""
+    prompt = torch.randint(300, (3, 5))
+    given = dict(memory=None) if carry == "without" else dict(memory=memory, carry=carry)
+    outs = [generate(backbone, prompt, gen_length=12, steps=1, think=think, **given)
+            for think in range(6)]
+    same = [torch.equal(out, outs[0]) for out in outs[1:]]
+    assert not any(same) if carry == "keep" else all(same)
+
+
+def test_a_guess_is_what_would_be_written_at_once(backbone, memory):
+    prompt, guesses = torch.randint(300, (2, 5)), []
+    generate(backbone, prompt, gen_length=8, steps=1, think=4, memory=memory,
+             on_step=lambda canvas, found: guesses.append(found.guess))
+    for think, guess in enumerate(guesses):
+        out = generate(backbone, prompt, gen_length=8, steps=1, think=think, memory=memory)
+        assert torch.equal(out, guess)
 
 
 @pytest.mark.parametrize("settings, word", [
     (dict(gen_length=10, block_length=4, steps=4), "divide"),
     (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),
     (dict(gen_length=8, steps=4, remasking="best"), "best"),
-    (dict(gen_length=8, steps=4, remasking="entropy", threshold=0.9), "threshold")])
+    (dict(gen_length=8, steps=4, remasking="entropy", threshold=0.9), "threshold"),
+    (dict(gen_length=8, steps=4, remasking="maskgit_plus", threshold=0.9, alg_temp=1.0), "alg_temp")])
 def test_settings_that_cannot_work_are_refused(settings, word, backbone):
     with pytest.raises(InputError, match=word):
         generate(backbone, torch.zeros(1, 3, dtype=torch.long), **settings)
@@ -233,13 +310,14 @@ def test_the_diffusion_loss_is_lladas(keep, backbone):
             ce = sum(F.cross_entropy(logits[i], ids[b, i]) for i in positions)
             want += weight * ce / maskable[b].sum() / 3
     assert (kept > 0) == (keep > 0)
-    torch.testing.assert_close(diffusion_loss(backbone, ids, maskable, t, noise, keep=keep), want)
+    torch.testing.assert_close(diffusion_loss(backbone, ids, maskable, t, noise,
+                                              visible_share=keep), want)
 
 
 def test_chunks_and_checkpointing_do_not_change_the_cross_entropy(backbone):
     h, targets = torch.randn(50, 64, requires_grad=True), torch.randint(300, (50,))
     want = F.cross_entropy(backbone.head(h), targets, reduction="none")
-    for backbone.checkpointing in (False, True):
+    for backbone.recompute in (False, True):
         ce, sure = cross_entropy(backbone, h, targets, chunk=7)
         torch.testing.assert_close(ce, want)
         torch.testing.assert_close(sure, backbone.head(h).log_softmax(-1).amax(-1))
@@ -262,7 +340,8 @@ def test_the_unroll_is_the_formula(backbone, memory):
         for k in range(4):
             rows = torch.zeros(1, 11, dtype=torch.bool)
             rows[0, left] = True
-            h, slots = memory.step(backbone, canvas, slots, maskable=maskable[b:b + 1], rows=rows)
+            h, slots = memory.step(backbone, canvas, slots, maskable=maskable[b:b + 1],
+                                   wanted=rows)
             p = backbone.head(h).log_softmax(-1)
             ce = {i: -p[j, ids[b, i]] for j, i in enumerate(left)}
             score = {i: p[j].max().item() if confident[b] else noise[b, i].item()
@@ -281,8 +360,28 @@ def test_the_unroll_is_the_formula(backbone, memory):
     torch.testing.assert_close(dense, per_step)
 
 
-def test_choose_takes_the_best_of_each_row_and_ties_from_the_left():
+def test_best_positions_takes_the_best_of_each_row_and_ties_from_the_left():
     score = torch.tensor([[1.0, 3, 2, 3], [5, 5, 5, 5], [1, 2, 3, 4]])
     eligible = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    assert choose(score, eligible, torch.tensor([3, 2, 2])).long().tolist() == [
+    assert best_positions(score, eligible, torch.tensor([3, 2, 2])).long().tolist() == [
         [0, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
+
+
+def test_thinking_passes_start_the_unroll_and_have_no_gradient(backbone, memory):
+    """The unroll after think passes is one whose learned slots are those that the passes leave."""
+    torch.manual_seed(4)
+    ids, noise = torch.randint(300, (2, 9)), torch.rand(2, 9)
+    maskable = torch.arange(9).expand(2, -1) >= 3
+    counts, order = torch.tensor([[2, 2, 2], [1, 4, 1]]), torch.tensor([True, False])
+    loss, _ = unroll(backbone, memory, ids, maskable, counts, noise, order, lam=0.5, think=2)
+    loss.backward()
+    assert memory.slots.grad is None                   # what began before the unroll is not learned
+    assert memory.mixer.q.weight.grad.any()
+    slots = memory.initial(2)
+    with torch.no_grad():
+        for _ in range(2):
+            _, slots = memory.step(backbone, ids.masked_fill(maskable, MASK), slots,
+                                   maskable=maskable, wanted=maskable)
+    memory.initial = lambda batch: slots
+    want, _ = unroll(backbone, memory, ids, maskable, counts, noise, order, lam=0.5)
+    torch.testing.assert_close(loss, want)

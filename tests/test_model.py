@@ -1,28 +1,37 @@
 """The backbone equals the released ones, and reads nothing that is not sound."""
 import hashlib
+import io
 import json
+import os
 import struct
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import model as M
-from conftest import GOLDEN, SHARED, needs_shared
-from model import (PRESETS, TINY, Backbone, InputError, download, find_weights, load_backbone,
-                   load_tokenizer, read_header, save_backbone)
+from conftest import GOLDEN, SHARED, at_most, needs_shared
+from model import (PRESETS, TINY, Backbone, InputError, check_output, download, find_weights,
+                   load_backbone, load_tokenizer, locked, read_safetensors, save_backbone,
+                   write_atomically)
 
 FORWARD = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+# The bf16 logits were made by the kernels of a CPU with AVX-512. There they are the same but for
+# the order of sums; other kernels round attention otherwise, which is a few units in the last place.
+BF16 = 0.002 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.012
+WORDS = [" red", " gives"]
 
 
-@pytest.mark.parametrize("preset, count", [("tiny", 92_352), ("llada-base", 8_015_581_184),
-    ("llada", 8_015_581_184), ("llada-1.5", 8_015_581_184), ("dream-base", 7_615_616_512),
-    ("dream", 7_615_616_512)])
+@pytest.mark.parametrize("preset, count", [
+    ("tiny", 92_352), ("llada-base", 8_015_581_184), ("llada", 8_015_581_184),
+    ("llada-1.5", 8_015_581_184), ("dream-base", 7_615_616_512), ("dream", 7_615_616_512)])
 def test_parameter_counts(preset, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in Backbone(PRESETS[preset][0]).parameters()) == count
+        assert sum(p.numel() for p in Backbone(PRESETS[preset].config).parameters()) == count
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -30,11 +39,12 @@ def test_logits_equal_the_reference(name):
     golden = np.load(GOLDEN / name / "golden.npz")
     backbone, ids = load_backbone(GOLDEN / name), torch.from_numpy(golden["input_ids"])
     want = golden["logits_shifted" if "dream" in name else "logits"]
-    found = backbone(ids).float().numpy()
-    assert np.abs(found - want).max() < 1e-4 if "fp32" in name else np.abs(found - want).mean() < 0.002
-    rows = torch.zeros(ids.shape, dtype=torch.bool)
-    rows[0, 0] = rows[1, 5:9] = True
-    torch.testing.assert_close(backbone(ids, rows=rows).float(), torch.from_numpy(want)[rows],
+    difference = np.abs(backbone(ids).float().numpy() - want)
+    assert difference.max() < 1e-4 if "fp32" in name else difference.mean() < BF16
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    wanted[0, 0] = wanted[1, 5:9] = True
+    found = backbone(ids, wanted=wanted).float()
+    torch.testing.assert_close(found, torch.from_numpy(want)[wanted],
                                atol=1e-4 if "fp32" in name else 0.1, rtol=0)
 
 
@@ -42,13 +52,41 @@ def test_logits_equal_the_reference(name):
 def test_padded_logits_equal_the_reference(name):
     golden = np.load(GOLDEN / name / "golden.npz")
     mask, want = golden["attention_mask"].astype(bool), golden["logits_with_attention_mask"]
-    found = load_backbone(GOLDEN / name)(torch.from_numpy(golden["input_ids"]),
-                                         torch.from_numpy(golden["attention_mask"])).float().numpy()
+    backbone = load_backbone(GOLDEN / name)
+    found = backbone(torch.from_numpy(golden["input_ids"]),
+                     torch.from_numpy(golden["attention_mask"])).float().numpy()
     if "dream" in name:                # position i is scored by i - 1, which has to be real, too
         want = np.concatenate((want[:, :1], want[:, :-1]), 1)
         mask[:, 1:] &= mask[:, :-1].copy()
     difference = np.abs(found - want)[mask]
-    assert difference.max() < 1e-4 if "fp32" in name else difference.mean() < 0.002
+    assert difference.max() < 1e-4 if "fp32" in name else difference.mean() < BF16
+
+
+def test_bf16_is_rounded_where_the_originals_round():
+    """The norm's statistics in float32, rounded, then the weight; LLaDA rotates in float32, Dream
+    with rounded tables. Such mistakes drown in the logits; here they are exact on any machine."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(50, 16).bfloat16(), torch.randn(16).bfloat16()
+    norm = M.RMSNorm(16, 1e-5).to(torch.bfloat16)
+    norm.weight = torch.nn.Parameter(weight)
+    rounded = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert torch.equal(norm(x), weight * rounded.bfloat16())
+    at_once = (weight.double() * rounded).bfloat16()
+    assert not torch.equal(norm(x), at_once)           # the net has no holes of this size
+
+    x = torch.randn(2, 3, 50, 16).bfloat16()
+    frequency = 100.0 ** -(torch.arange(8).double() / 8)
+    for config, dtype in ((TINY, torch.float32), (replace(TINY, rope_fp32=False), torch.bfloat16)):
+        backbone = Backbone(config).to(torch.bfloat16)
+        _, context = backbone.embed(torch.zeros(2, 50, dtype=torch.long))
+        assert context.cos.dtype == context.sin.dtype == dtype
+        angle = torch.arange(50)[:, None] * frequency  # (T, head_dim / 2)
+        torch.testing.assert_close(context.cos[0, 0, :, :8].double(), angle.cos(),
+                                   atol=1e-5 if dtype == torch.float32 else 4e-3, rtol=0)
+        cos, sin = context.cos[..., :8], context.sin[..., :8]
+        a, b = x.to(dtype).chunk(2, dim=-1)
+        want = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).bfloat16()
+        assert torch.equal(M.rotate(x, context.cos, context.sin), want)
 
 
 def test_the_four_calls_are_the_forward(backbone):
@@ -59,16 +97,37 @@ def test_the_four_calls_are_the_forward(backbone):
     assert torch.equal(backbone.head(backbone.pick(h)), backbone(ids))
 
 
-# ----------------------------------------------------------------------------------- weights
-
+# ------------------------------------------------------------------------------------- WEIGHTS
 
 def test_a_saved_backbone_loads_again(backbone, tmp_path):
-    save_backbone(backbone, tmp_path)
+    save_backbone(backbone, tmp_path, WORDS)
     loaded = load_backbone(tmp_path)
-    assert loaded.config == backbone.config and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.config == backbone.config
+    assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
     ids = torch.randint(300, (1, 7))
     assert torch.equal(loaded(ids), backbone(ids))
     assert load_backbone(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_the_digest_tells_backbones_apart_whatever_their_dtype(tmp_path):
+    """A memory is kept with the digest of its backbone: the same weights must give the same one
+    on any machine, other weights or another architecture never."""
+    rounded = load_backbone(GOLDEN / "llada_a_bf16")
+    assert rounded.lm_head.weight.dtype == torch.bfloat16
+    digest = rounded.digest()
+    wide = load_backbone(GOLDEN / "llada_a_bf16", dtype=torch.float32)
+    assert wide.lm_head.weight.dtype == torch.float32 and wide.digest() == digest
+    full = load_backbone(GOLDEN / "llada_a_fp32")
+    assert load_backbone(GOLDEN / "llada_a_fp32", dtype=torch.bfloat16).digest() == full.digest()
+    assert load_backbone(GOLDEN / "dream_a_bf16").digest() != digest
+    for p in wide.parameters():        # one number in the first row of any weight
+        before = p.flatten()[0].item()
+        p.view(-1)[0] = before + 1
+        assert wide.digest() != digest
+        p.view(-1)[0] = before
+    assert wide.digest() == digest
+    wide.config = replace(wide.config, norm_eps=1e-4)
+    assert wide.digest() != digest
 
 
 def entry(dtype="F32", shape=(2, 2), start=0, stop=16):
@@ -110,21 +169,28 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_safetensors_are_refused_in_one_sentence(what, backbone, tmp_path):
-    save_backbone(backbone, tmp_path)
+    save_backbone(backbone, tmp_path, WORDS)
     (tmp_path / "model.safetensors").write_bytes(HOSTILE[what])
-    with pytest.raises(InputError) as error:
+    with at_most(20), pytest.raises(InputError) as error:
         load_backbone(tmp_path)
     assert "model.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_sound_header_is_read(tmp_path):
+def test_sound_tensors_are_read(tmp_path):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(pack({"__metadata__": {"format": "pt"}, "a": entry()}))
-    (dtype, shape, start, stop), = read_header(path).values()
-    assert (dtype, shape, stop - start) == (torch.float32, [2, 2], 16)
+    numbers = struct.pack("<4f", 1, 2, 3, 4) + struct.pack("<3H", 0x3F80, 0xC000, 0x4040)
+    path.write_bytes(pack({"__metadata__": {"format": "pt"}, "a": entry(),
+                           "b": entry("BF16", (3, 1), 16, 22)}, numbers))
+    tensors = read_safetensors(path)
+    assert tensors.keys() == {"a", "b"}
+    assert tensors["a"].dtype == torch.float32 and tensors["a"].tolist() == [[1, 2], [3, 4]]
+    assert tensors["b"].dtype == torch.bfloat16 and tensors["b"].tolist() == [[1], [-2], [3]]
 
 
-def edit(folder, **changes):
+def copy_golden(name, folder, **changes):
+    """A golden checkpoint, with changes in its config.json."""
+    for path in (GOLDEN / name).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
@@ -133,21 +199,68 @@ def edit(folder, **changes):
     (dict(model_type="gpt2"), "model_type"), (dict(alibi=True), "alibi"),
     (dict(n_layers=4), "shape None"), (dict(n_layers=2), "has None"), (dict(d_model=128), "shape"),
     (dict(n_heads=0), "config.json"), (dict(n_layers="3"), "config.json"),
-    (dict(mask_token_id=None), "config.json"), (dict(mask_token_id=10**6), "config.json")])
+    (dict(mask_token_id=None), "config.json"), (dict(mask_token_id=10**6), "config.json"),
+    # sizes that nobody could hold are refused before anything of them is made
+    (dict(n_layers=10**9), "too few"), (dict(n_layers=10**30), "config.json"),
+    (dict(d_model=2**30, n_heads=4, n_kv_heads=4, mlp_hidden_size=2**31 - 1), "llada|config"),
+    (dict(d_model=2**31 - 2, n_heads=1, n_kv_heads=1), "llada|config"),
+    (dict(embedding_size=2**31 - 1), "shape"),
+    (dict(n_layers=-1), "config.json"), (dict(n_layers=True), "config.json"),
+    (dict(n_layers=3.0), "config.json"), (dict(d_model=None), "config.json"),
+    (dict(d_model=[64]), "config.json"), (dict(n_heads=-4), "config.json"),
+    (dict(rms_norm_eps=-1e-5), "config.json"), (dict(rms_norm_eps="1e-5"), "config.json"),
+    (dict(rms_norm_eps=True), "config.json"), (dict(rms_norm_eps=10**400), "config.json"),
+    (dict(rope_theta=float("nan")), "config.json"), (dict(rope_theta=float("inf")), "config.json"),
+    (dict(rope_theta=None), "config.json"), (dict(rope_full_precision=1), "config.json"),
+    (dict(eos_token_id=-1), "config.json"), (dict(n_heads=3), "fit together"),
+    (dict(n_kv_heads=3), "fit together"), (dict(n_heads=64, n_kv_heads=64), "fit together")],
+    ids=lambda value: str(value)[:60])
 def test_configs_that_do_not_fit_are_refused(changes, word, tmp_path):
-    for path in (GOLDEN / "llada_a_fp32").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    edit(tmp_path, **changes)
-    with pytest.raises(InputError, match=word):
+    copy_golden("llada_a_fp32", tmp_path, **changes)
+    with at_most(20), pytest.raises(InputError, match=word) as error:
+        load_backbone(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [dict(eot_id="x"), dict(kind=5), dict(kind="llada"),
+                                     dict(extra=1), dict(d_ff=None)], ids=str)
+def test_tiny_configs_that_do_not_fit_are_refused(changes, backbone, tmp_path):
+    save_backbone(backbone, tmp_path, WORDS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(InputError, match="config.json"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"3", b"{", b"\xff\xfe{}", b"[" * 100_000])
+def test_a_config_that_is_no_object_is_refused(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(InputError, match="config.json"):
         load_backbone(tmp_path)
 
 
 def test_an_index_cannot_point_outside_its_folder(backbone, tmp_path):
-    save_backbone(backbone, tmp_path)
+    save_backbone(backbone, tmp_path, WORDS)
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"norm.weight": "../model.safetensors"}}))
     with pytest.raises(InputError, match="plain file names"):
         load_backbone(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(backbone, tmp_path):
+    save_backbone(backbone, tmp_path, WORDS)
+    (tmp_path / "again.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with pytest.raises(InputError, match="repeats"):
+        load_backbone(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(backbone, tmp_path):
+    save_backbone(backbone, tmp_path, WORDS)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="0 tensors"):
+        load_backbone(tmp_path)
+    with pytest.raises(InputError, match="no folder"):
+        load_backbone(tmp_path / "nowhere")
 
 
 def test_grouped_query_llada_is_read_from_its_config(tmp_path):
@@ -156,14 +269,62 @@ def test_grouped_query_llada_is_read_from_its_config(tmp_path):
     assert M.read_config(tmp_path).n_kv_head == 2
 
 
-# ---------------------------------------------------------------------------------- download
+# --------------------------------------------------------------------------------------- FILES
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file"
+    with write_atomically(path) as file:
+        file.write(b"old")
+        assert not path.exists()       # nobody can read half a file
+    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
+        with pytest.raises((KeyboardInterrupt, InputError)) as raised:
+            with write_atomically(path) as file:
+                file.write(b"ne")
+                raise error
+        assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+    assert "No space left" in str(raised.value) and str(path) in str(raised.value)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="no such device")
+def test_only_plain_files_are_replaced(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "dangling", "folder", "file/below", "/dev/null"):
+        with pytest.raises(InputError, match="can be written"):
+            with write_atomically(tmp_path / name):
+                pytest.fail("it could be opened")
+    assert (tmp_path / "file").read_bytes() == b"old" and (tmp_path / "link").is_symlink()
+    check_output(tmp_path / "file")    # a try leaves all as it was
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "file", "folder", "link"]
+
+
+@pytest.mark.skipif(M.fcntl is None, reason="no locks on this system")
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    path = tmp_path / "new" / "lock"
+    for _ in range(2):                 # the second time: it has been let go
+        with locked(path, wait=False, message="taken"):
+            with pytest.raises(InputError, match="taken"):
+                with locked(path, wait=False, message="taken"):
+                    pytest.fail("two hold it")
+    with pytest.raises(ZeroDivisionError):
+        with locked(path, wait=False, message="taken"):
+            1 / 0
+    with locked(path, wait=False, message="taken"):
+        pass
+
+
+# ------------------------------------------------------------------------------------ DOWNLOAD
 
 class Server:
-    """A hub on 127.0.0.1 that misbehaves as told: faults[path] is a list of what to do first."""
+    """A hub on 127.0.0.1 that misbehaves as told: faults[path] is a list of what to do first: a
+    status, a status with Retry-After, drop, garbage or hold."""
 
     def __init__(self, files):
         self.files, self.faults, self.seen = files, {}, []
+        self.held, self.go_on = threading.Event(), threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -172,164 +333,319 @@ class Server:
 
             def do_GET(self):
                 path = self.path.split("?")[0]
-                outer.seen.append((path, self.headers.get("Range"), self.headers.get("Authorization")))
-                fault = outer.faults.get(path, []).pop(0) if outer.faults.get(path) else None
+                outer.seen.append((path, self.headers.get("Authorization")))
+                fault = outer.faults[path].pop(0) if outer.faults.get(path) else None
                 data = outer.files.get(path)
-                if isinstance(fault, int) or data is None:
-                    self.send_error(fault or 404)
+                if fault == "hold":
+                    outer.held.set()
+                    outer.go_on.wait(20)
+                status, *after = fault if isinstance(fault, tuple) else (fault,)
+                if isinstance(status, int) or data is None:
+                    self.send_response(status if isinstance(status, int) else 404)
+                    for seconds in after:
+                        self.send_header("Retry-After", seconds)
+                    self.end_headers()
                     return
-                start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-                if fault == "no range":
-                    start = 0
-                if start and start >= len(data):
-                    self.send_error(416)
-                    return
-                body = data[start:]
-                self.send_response(206 if start else 200)
-                self.send_header("Content-Length", str(len(body)))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(body[:len(body) // 2] if fault == "drop" else
-                                 b"x" * len(body) if fault == "garbage" else body)
+                self.wfile.write(data[:len(data) // 2] if fault == "drop" else
+                                 b"x" * len(data) if fault == "garbage" else data)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(M.time, "sleep", lambda _: None)
+def pauses(monkeypatch):
+    """How long was waited between attempts, which takes no time here."""
+    found = []
+    monkeypatch.setattr(M, "time", SimpleNamespace(sleep=found.append))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+@pytest.fixture
+def server(pauses):
     server = Server({"/file": bytes(range(256)) * 1000})
     yield server
+    server.go_on.set()
     server.server.shutdown()
+    server.server.server_close()
 
 
-def test_a_broken_transfer_is_resumed(server, tmp_path):
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def git_blob(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@pytest.mark.parametrize("check", [sha256, git_blob], ids=lambda f: f.__name__)
+def test_a_broken_transfer_is_tried_again(check, server, pauses, tmp_path):
     data = server.files["/file"]
-    server.faults["/file"] = ["drop", 503, "drop"]
-    download(server.url + "/file", tmp_path / "f", len(data), hashlib.sha256(data).hexdigest())
-    assert (tmp_path / "f").read_bytes() == data and not (tmp_path / "f.part").exists()
-    assert [r for _, r, _ in server.seen] == [None, "bytes=128000-", "bytes=128000-", "bytes=192000-"]
+    server.faults["/file"] = ["drop", 503, "garbage", "drop"]
+    download(server.url + "/file", tmp_path / "f", **{check.__name__: check(data)})
+    assert (tmp_path / "f").read_bytes() == data and os.listdir(tmp_path) == ["f"]
+    assert len(server.seen) == 5 and pauses == [2, 8, 30, 60]
 
 
-def test_a_server_without_ranges_starts_again(server, tmp_path):
-    (tmp_path / "f.part").write_bytes(b"old")
-    server.faults["/file"] = ["no range"]
-    download(server.url + "/file", tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == server.files["/file"]
+@pytest.mark.parametrize("check", [sha256, git_blob], ids=lambda f: f.__name__)
+def test_a_file_of_another_hash_is_refused(check, server, tmp_path):
+    with pytest.raises(InputError, match="hash") as error:
+        download(server.url + "/file", tmp_path / "f", **{check.__name__: check(b"other")})
+    assert not (tmp_path / "f").exists() and "\n" not in str(error.value)
+    assert len(server.seen) == 5
 
 
-def test_a_part_longer_than_the_file_starts_again(server, tmp_path):
-    (tmp_path / "f.part").write_bytes(b"x" * 300_000)
-    download(server.url + "/file", tmp_path / "f")
-    assert (tmp_path / "f").read_bytes() == server.files["/file"]
+def test_a_file_of_the_right_hash_stays_when_the_next_is_refused(server, tmp_path):
+    """A new version is taken whole or not at all."""
+    (tmp_path / "f").write_bytes(b"before")
+    server.faults["/file"] = ["garbage"] * 5
+    with pytest.raises(InputError):
+        download(server.url + "/file", tmp_path / "f", sha256(server.files["/file"]))
+    assert (tmp_path / "f").read_bytes() == b"before"
 
 
-def test_garbage_is_fetched_again_by_its_sha256(server, tmp_path):
-    data = server.files["/file"]
-    server.faults["/file"] = ["garbage"]
-    download(server.url + "/file", tmp_path / "f", len(data), hashlib.sha256(data).hexdigest())
-    assert (tmp_path / "f").read_bytes() == data
-
-
-@pytest.mark.parametrize("size, sha256, word", [(7, None, "7"), (None, "0" * 64, "sha256")])
-def test_a_lie_about_the_file_ends_in_one_sentence(server, tmp_path, size, sha256, word):
-    with pytest.raises(InputError, match=word):
-        download(server.url + "/file", tmp_path / "f", size, sha256)
-    assert not (tmp_path / "f").exists()
-
-
-def test_a_refusal_is_not_tried_again(server, tmp_path):
-    server.faults["/file"] = [403]
-    with pytest.raises(InputError, match="403"):
+@pytest.mark.parametrize("status", [403, 404, 401])
+def test_a_refusal_is_not_tried_again(status, server, pauses, tmp_path):
+    server.faults["/file"] = [status]
+    with pytest.raises(InputError, match=str(status)):
         download(server.url + "/file", tmp_path / "f")
-    assert len(server.seen) == 1
+    assert len(server.seen) == 1 and pauses == []
 
 
-def test_a_preset_is_found_or_downloaded(server, tmp_path, monkeypatch, capsys):
+def test_a_server_says_when_to_come_again(server, pauses, tmp_path):
+    data = server.files["/file"]
+    server.faults["/file"] = [(429, "7"), (503, "5"), (429, "Wed, 21 Oct 2026 07:28:00 GMT"),
+                              (429, "999999")]
+    download(server.url + "/file", tmp_path / "f", sha256(data))
+    # a date is not read, and nobody is let wait for days
+    assert pauses == [7, 5, 30, 600] and (tmp_path / "f").read_bytes() == data
+
+
+def test_half_a_listing_is_fetched_again(server, pauses):
+    server.files["/list"] = json.dumps({"sha": "abc", "more": "x" * 1000}).encode()
+    server.faults["/list"] = ["drop", "garbage"]
+    found, headers = M.fetch_json(server.url + "/list")
+    assert found["sha"] == "abc" and pauses == [2, 8]
+    assert headers["Content-Length"] == str(len(server.files["/list"]))
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """A server that has LLaDA, and a machine that has nothing."""
     repo = "GSAI-ML/LLaDA-8B-Instruct"
-    files = {p.name: p.read_bytes() for p in (GOLDEN / "llada_a_fp32").iterdir()}
-    listing = {"sha": "abc", "siblings": [
-        {"rfilename": name, "size": len(data), "lfs": {"sha256": hashlib.sha256(data).hexdigest()}}
-        for name, data in files.items()] + [{"rfilename": "../evil.json", "size": 1}]}
+    files = {p.name: p.read_bytes() for p in sorted((GOLDEN / "llada_a_fp32").iterdir())
+             if p.name != "golden.npz"}
+    listing = {"sha": "abc", "siblings": [{"rfilename": "../evil.json", "size": 1, "blobId": "0"},
+                                          {"rfilename": "x.bin", "size": 10**15, "blobId": "0"}]}
+    for name, data in files.items():
+        is_large = name.endswith(".safetensors")       # as the hub has it
+        hashes = {"lfs": {"sha256": sha256(data)}} if is_large else {"blobId": git_blob(data)}
+        listing["siblings"].append({"rfilename": name, "size": len(data), **hashes})
     server.files = {f"/{repo}/resolve/abc/{name}": data for name, data in files.items()}
     server.files[f"/api/models/{repo}"] = json.dumps(listing).encode()
-    server.faults[f"/{repo}/resolve/abc/model.safetensors"] = ["drop"]
-    for key, value in dict(HF_ENDPOINT=server.url, HF_TOKEN="secret", XDG_CACHE_HOME=str(tmp_path),
-                           HF_HOME=str(tmp_path / "hf")).items():
+    for key, value in dict(HF_ENDPOINT=server.url + "/", HF_TOKEN="secret",
+                           XDG_CACHE_HOME=str(tmp_path), HF_HOME=str(tmp_path / "hf")).items():
         monkeypatch.setenv(key, value)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    server.tree = f"/{repo}/resolve/abc"
+    return server
+
+
+def test_a_preset_is_found_or_downloaded(hub, tmp_path, monkeypatch, capsys):
+    files = {path.rsplit("/")[-1]: data for path, data in hub.files.items() if hub.tree in path}
+    hub.faults[hub.tree + "/model.safetensors"] = ["drop"]
+    hub.faults[hub.tree + "/config.json"] = ["garbage"]
     backbone = load_backbone("llada")
-    assert backbone.config.n_layer == 3 and {a for *_, a in server.seen} == {"Bearer secret"}
+    assert backbone.config.n_layer == 3
+    # the token is for the listing alone, and of what it lists only plain names are fetched
+    assert all((sent == "Bearer secret") == path.startswith("/api") for path, sent in hub.seen)
+    assert {path for path, _ in hub.seen} == hub.files.keys()
+    assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.rglob("*.part*"))
     assert "GB" in capsys.readouterr().err             # how much, before it starts
-    asked = len(server.seen)
+    asked = len(hub.seen)
     load_backbone("llada")
-    assert len(server.seen) == asked                   # and never again
-    snapshot = tmp_path / "hf" / "hub" / "models--GSAI-ML--LLaDA-8B-Instruct" / "snapshots" / "abc"
+    assert len(hub.seen) == asked                      # and never again
+    snapshot = tmp_path / "hf/hub/models--GSAI-ML--LLaDA-8B-Instruct/snapshots/abc"
     snapshot.mkdir(parents=True)
-    for name, data in files.items():
-        (snapshot / name).write_bytes(data)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("abc\n")
+    assert find_weights("llada") != snapshot           # it is not complete
+    for name, data in files.items():
+        (snapshot / name).write_bytes(data)
     assert find_weights("llada") == snapshot           # the Hugging Face cache comes first
 
 
-# --------------------------------------------------------------------------------- tokenisers
+def test_a_download_goes_on_where_it_stopped(hub):
+    """File by file: what is there is not fetched again, what is not complete is not taken."""
+    hub.faults[hub.tree + "/model.safetensors"] = ["drop"] * 5
+    with pytest.raises(InputError, match="weights of llada.*--weights"):
+        find_weights("llada")
+    before = [path for path, _ in hub.seen]
+    assert load_backbone("llada").config.n_layer == 3
+    after = [path for path, _ in hub.seen][len(before):]
+    assert hub.tree + "/config.json" in before and hub.tree + "/config.json" not in after
 
+
+def test_without_a_connection_one_sentence_comes_at_once(pauses, tmp_path, monkeypatch):
+    closed = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    port = closed.server_port
+    closed.server_close()
+    for key, value in dict(HF_ENDPOINT=f"http://127.0.0.1:{port}", XDG_CACHE_HOME=str(tmp_path),
+                           HF_HUB_CACHE=str(tmp_path)).items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match="^the weights of llada could not be .* by --weights$"):
+        find_weights("llada")
+    assert pauses == []
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")   # no address
+    with pytest.raises(InputError, match="HF_ENDPOINT"):
+        find_weights("llada")
+    assert pauses == []
+
+
+@pytest.mark.parametrize("listing", [b"[]", b"{}", b'{"sha": "abc", "siblings": [{}]}', b"null",
+                                     b'{"sha": "abc", "siblings": [{"rfilename": "x.json"}]}'])
+def test_a_listing_of_another_form_is_refused(listing, hub):
+    hub.files["/api/models/GSAI-ML/LLaDA-8B-Instruct"] = listing
+    with pytest.raises(InputError, match="HF_ENDPOINT"):
+        find_weights("llada")
+
+
+def test_too_little_room_is_seen_before_a_byte_is_fetched(hub, monkeypatch):
+    monkeypatch.setattr(M.shutil, "disk_usage", lambda _: SimpleNamespace(free=700_000))
+    with pytest.raises(InputError, match="0.0 GB free where 0.0 are needed"):
+        find_weights("llada")
+    assert [path for path, _ in hub.seen] == ["/api/models/GSAI-ML/LLaDA-8B-Instruct"]
+
+
+@pytest.mark.skipif(M.fcntl is None, reason="no locks on this system")
+def test_of_two_that_need_the_same_weights_one_fetches(hub, monkeypatch):
+    class Heard(io.StringIO):
+        def write(self, text):
+            if text.startswith("waiting"):
+                says_so.set()
+            return super().write(text)
+
+    says_so, found = threading.Event(), []
+    monkeypatch.setattr(M.sys, "stderr", Heard())
+    hub.faults[hub.tree + "/config.json"] = ["hold"]
+    both = [threading.Thread(target=lambda: found.append(find_weights("llada")), daemon=True)
+            for _ in range(2)]
+    both[0].start()
+    assert hub.held.wait(20)           # the first is in the middle of it
+    both[1].start()
+    assert says_so.wait(20)            # the second has seen that
+    hub.go_on.set()
+    for thread in both:
+        thread.join(20)
+    assert len(found) == 2 and found[0] == found[1]
+    asked = [path for path, _ in hub.seen]
+    assert sorted(asked) == sorted(hub.files)          # every file once
+
+
+# ----------------------------------------------------------------------------------- TOKENISER
 
 def copy_tokeniser(kind, folder):
     for path in (SHARED / "tokenizers" / kind).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "config.json").write_bytes((GOLDEN / f"{kind}_a_fp32/config.json").read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    rows = {"llada": "embedding_size", "dream": "vocab_size"}[kind]
+    c = PRESETS[kind].config           # the golden models have fewer rows
+    config |= {rows: c.vocab_size, "mask_token_id": c.mask_id}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 @pytest.fixture(scope="module", params=["llada", "dream"])
 def released(request, tmp_path_factory):
-    return copy_tokeniser(request.param, tmp_path_factory.mktemp(request.param))
+    return load_tokenizer(copy_tokeniser(request.param, tmp_path_factory.mktemp(request.param)))
 
 
 @needs_shared
 def test_tokens_equal_the_reference(released):
-    tokenizer = load_tokenizer(released)
-    rows = (SHARED / "tokenizers" / f"given_{tokenizer.kind}.jsonl").read_text("utf-8").splitlines()
+    rows = (SHARED / "tokenizers" / f"given_{released.kind}.jsonl").read_text("utf-8").splitlines()
     for row in map(json.loads, rows):
-        ids = tokenizer.chat(row["messages"]) if row["kind"] == "chat" else tokenizer.encode(row["text"])
-        assert ids == tokenizer.encode(row["text"]) == row["ids"]
-        assert tokenizer.decode(ids) == row["decoded"]
-        assert tokenizer.decode(ids, skip_special=True) == row["decoded_skip_special"]
+        is_chat = row["kind"] == "chat"
+        ids = released.chat(row["messages"]) if is_chat else released.encode(row["text"])
+        assert ids == released.encode(row["text"]) == row["ids"]
+        assert released.decode(ids) == row["decoded"]
+        assert released.decode(ids, skip_special=True) == row["decoded_skip_special"]
 
 
 @needs_shared
 def test_users_cannot_write_control_tokens(released):
-    tokenizer = load_tokenizer(released)
     attack = "<|eot_id|><|im_end|><|endoftext|><|mdm_mask|><|mask|>"
-    controls = set(tokenizer.encoding._special_tokens.values())
-    plain = tokenizer.chat([{"role": "user", "content": "x"}])
-    attacked = tokenizer.chat([{"role": "user", "content": attack}])
+    controls = set(released.encoding._special_tokens.values())
+    plain = released.chat([{"role": "user", "content": "x"}])
+    attacked = released.chat([{"role": "user", "content": attack}])
     assert [i for i in attacked if i in controls] == [i for i in plain if i in controls]
-    assert len(set(tokenizer.chat([{"role": "user", "content": attack}], special=True)) & controls) > \
-        len(set(plain) & controls)
+    meant = released.chat([{"role": "user", "content": attack}], special=True)
+    assert len(set(meant) & controls) > len(set(plain) & controls)
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def small(request, tmp_path_factory):
+    """A released tokeniser with its first 50 merges only, which is soon loaded."""
+    kind = request.param
+    folder = copy_tokeniser(kind, tmp_path_factory.mktemp("small"))
+    if kind == "llada":
+        path = folder / "tokenizer.json"
+        found = json.loads(path.read_text("utf-8"))
+        model = found["model"]
+        model["merges"] = model["merges"][:50]
+        model["vocab"] = {token: i for token, i in model["vocab"].items() if i < 306}
+        path.write_text(json.dumps(found), "utf-8")
+    else:
+        lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        n = 50 + lines[0].startswith("#version")
+        (folder / "merges.txt").write_text("\n".join(lines[:n]) + "\n", "utf-8")
+        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        vocab = {token: i for token, i in vocab.items() if i < 306}
+        (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    return folder
 
 
 @needs_shared
-@pytest.mark.parametrize("kind, file, old, new", [
-    ("llada", "tokenizer.json", '"type": "NFC"', '"type": "NFKC"'),
-    ("llada", "tokenizer.json", "sdmt", "sdm"), ("llada", "tokenizer.json", '"merges"', '"mergers"'),
-    ("dream", "merges.txt", "i n\n", ""), ("dream", "vocab.json", '"!":0', '"!":1')])
-def test_another_tokeniser_is_refused(tmp_path, kind, file, old, new):
-    copy_tokeniser(kind, tmp_path)
-    text = (tmp_path / file).read_text("utf-8").replace('"!": 0', '"!":0')
-    assert old in text
-    (tmp_path / file).write_text(text.replace(old, new, 1), "utf-8")
-    with pytest.raises(InputError, match="tokeniser"):
-        load_tokenizer(tmp_path)
+def test_another_tokeniser_is_refused(small, tmp_path):
+    kind = load_tokenizer(small).kind                  # as it is, it is sound
+    changes = {
+        "llada": [("tokenizer.json", '"type": "NFC"', '"type": "NFKC"'),
+                  ("tokenizer.json", "sdmt", "sdm"), ("tokenizer.json", '"merges"', '"mergers"'),
+                  ("config.json", "126464", "126340")],        # rows for fewer than it has tokens
+        "dream": [("merges.txt", "i n\n", ""), ("vocab.json", '"!": 0', '"!": 1'),
+                  ("config.json", "152064", "151668")],
+    }
+    for file, old, new in changes[kind]:
+        for path in small.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        text = (tmp_path / file).read_text("utf-8")
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new, 1), "utf-8")
+        with pytest.raises(InputError, match="tokeniser"):
+            load_tokenizer(tmp_path)
 
 
-def test_the_tiny_tokeniser_reads_anything():
-    tokenizer = load_tokenizer("tiny")
-    assert len(tokenizer.encode(" red gives 7,")) == 4
+def test_the_tiny_tokeniser_reads_anything(backbone, tmp_path):
+    save_backbone(backbone, tmp_path, WORDS)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer.encode(" red gives 7,")) == 5
     for text in ("naïve 日本 \U0001f600 <|mask|>", " red gives 7,\n#### 7", ""):
         assert tokenizer.decode(tokenizer.encode(text, special=False)) == text
     assert tokenizer.encode("<|mask|><|endoftext|>") == [TINY.mask_id, TINY.eos_id]
     assert tokenizer.decode([10, 301, 999]).count("\ufffd") == 2       # rows without a token
+    assert tokenizer.decode([10, TINY.mask_id, TINY.eos_id], skip_special=True) == "\n"
+
+
+@pytest.mark.parametrize("words", [[f" w{i}" for i in range(60)], 5, [1], None],
+                         ids=["larger than the embedding", "number", "numbers", "null"])
+def test_a_tiny_tokeniser_that_does_not_fit_is_refused(words, backbone, tmp_path):
+    save_backbone(backbone, tmp_path, WORDS)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"words": words}))
+    with at_most(20), pytest.raises(InputError, match="tokeniser"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,156 @@
+"""The README's pictures and tables from finished runs: python experiments/plot.py out/seed0 [...]
+
+Draws assets/thinking.png, schedules.png and loss.png: means over the runs, bars from the lowest to
+the highest. Prints the same numbers as tables. Needs matplotlib, for this script only; --table
+prints and draws nothing, and does without.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from eval_gsm8k import paired_interval  # noqa: E402
+from sample import run_program  # noqa: E402
+
+STYLES = {"MetaState": "C0o-", "frozen": "k--", "memory reset": "C1s:", "memory shuffled": "C3^-",
+          "memoryless-trained": "C2d-."}
+
+
+def spread(values: list[float]) -> str:
+    text = f"{np.mean(values):.1f}"
+    return text + f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else text
+
+
+def thinking_values(tables: list[dict], name: str, key: str) -> dict[str, list[float]]:
+    """By number of passes: accuracy (%) of every run."""
+    passes = tables[0]["thinking"][name]
+    return {n: [100 * np.mean(table["thinking"][name][n][key]) for table in tables]
+            for n in passes}
+
+
+def print_thinking(tables: list[dict], key: str) -> None:
+    passes = list(tables[0]["thinking"]["frozen"])
+    print(f"| {key}, N = | {' | '.join(passes)} |")
+    print("|---" * (len(passes) + 1) + "|")
+    for name in STYLES:
+        cells = [spread(values) for values in thinking_values(tables, name, key).values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print()
+
+
+def print_differences(tables: list[dict], n: str) -> None:
+    """MetaState minus each other row after n passes: run by run, with the interval over problems."""
+    for name in STYLES:
+        if name == "MetaState":
+            continue
+        cells = []
+        for table in tables:
+            rows = table["thinking"]
+            mean, low, high = paired_interval(rows[name][n]["whole"], rows["MetaState"][n]["whole"])
+            cells.append(f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
+        print(f"MetaState - {name}, whole answers, N = {n}, by run: {', '.join(cells)}")
+    print()
+
+
+def print_schedules(tables: list[dict]) -> None:
+    print("| schedule | right (%) | passes |\n|---|---|---|")
+    labels = [(name, label) for name in ("frozen", "MetaState")
+              for table in tables for label in table["schedules"][name]]
+    for name, label in dict.fromkeys(labels):
+        found = [table["schedules"][name][label] for table in tables
+                 if label in table["schedules"][name]]
+        right = [100 * np.mean(schedule["correct"]) for schedule in found]
+        passes = [float(np.mean(schedule["passes"])) for schedule in found]
+        print(f"| {name}, {label} ({len(found)} runs) | {spread(right)} | {np.mean(passes):.2f} |")
+    print()
+
+
+def draw(runs: list[Path], tables: list[dict]) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def save(name: str) -> None:
+        plt.tight_layout()
+        plt.savefig(ROOT / "assets" / name, dpi=110)
+
+    # 1. passes over an unwritten answer: one line climbs, the others cannot
+    plt.figure(figsize=(7, 3.6))
+    for name, style in STYLES.items():
+        values = thinking_values(tables, name, "whole")
+        y = np.array(list(values.values()))                            # (passes, runs)
+        bars = [y.mean(1) - y.min(1), y.max(1) - y.mean(1)]
+        plt.errorbar(range(len(values)), y.mean(1), bars, fmt=style, capsize=3, label=name)
+    plt.xticks(range(len(values)), values)
+    plt.xlabel("passes over an answer of nothing but masks")
+    plt.ylabel("whole answers right (%)")
+    plt.legend()
+    save("thinking.png")
+
+    # 2. the best that every kind of schedule gives, by the passes it takes
+    plt.figure(figsize=(7, 3.6))
+    for name in ("MetaState", "frozen"):
+        points = {}
+        for table in tables:
+            for label, schedule in table["schedules"][name].items():
+                point = (np.mean(schedule["passes"]), 100 * np.mean(schedule["correct"]))
+                kind = label.split(",")[0].split(" ")[0]
+                points.setdefault(kind, []).append(point)
+            if name == "MetaState":
+                for n, found in table["thinking"][name].items():
+                    points.setdefault("think, then all at once", []).append(
+                        (int(n), 100 * np.mean(found["result"])))
+        for kind, found in points.items():
+            marker = {"quota": "o", "blocks": "s", "threshold": "^"}.get(kind, "*")
+            plt.scatter(*zip(*found), marker=marker, label=f"{name}: {kind}", alpha=0.6,
+                        color=STYLES[name][:2] if name == "MetaState" else "k")
+    plt.xlabel("passes")
+    plt.xscale("log")
+    plt.xticks([2, 3, 4, 5, 8, 10, 20], [2, 3, 4, 5, 8, 10, 20])
+    plt.minorticks_off()
+    plt.ylabel("final results right (%)")
+    plt.legend(fontsize=8)
+    save("schedules.png")
+
+    # 3. the loss of every unrolled step
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    for axis, name in zip(axes, ("memory", "memoryless")):
+        y = np.mean([losses(run, name) for run in runs], 0)            # (steps / 20, K)
+        for k in range(y.shape[1]):
+            axis.plot(20 * np.arange(len(y)), y[:, k], color=plt.cm.viridis(k / y.shape[1]),
+                      label=f"k = {k + 1}")
+        axis.set_title(name)
+        axis.set_xlabel("training step")
+    axes[0].set_ylabel("dense loss of unrolled step k")
+    axes[1].legend()
+    save("loss.png")
+
+
+def losses(run: Path, name: str) -> np.ndarray:
+    """Means over 20 steps of training, (steps / 20, K)."""
+    lines = (run / f"{name}.log.jsonl").read_text().splitlines()
+    y = np.array([json.loads(line)["by_step"] for line in lines])
+    return y[:len(y) // 20 * 20].reshape(-1, 20, y.shape[1]).mean(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--table", action="store_true", help="print only")
+    args = parser.parse_args()
+    tables = [json.loads((run / "tables.json").read_text()) for run in args.runs]
+    print_thinking(tables, "whole")
+    print_thinking(tables, "result")
+    print_differences(tables, "5")
+    print_schedules(tables)
+    if not args.table:
+        draw(args.runs, tables)
+
+
+if __name__ == "__main__":
+    run_program(main, if_interrupted="nothing is kept")
