@@ -111,58 +111,70 @@ def tulu_file() -> Path:
     return path
 
 
-def fetch_tulu(path: Path, n_rows: int, seed: int = 0) -> None:
+class Window(NamedTuple):
+    """What one call gives."""
+    revision: str | None
+    n_total: int                           # rows of the whole data set
+    conversations: list
+
+
+def fetch_window(offset: int, length: int) -> Window:
+    server = os.environ.get("HF_DATASETS_SERVER", "https://datasets-server.huggingface.co")
+    dataset = TULU.replace("/", "%2F")
+    url = (f"{server}/rows?dataset={dataset}&config=default&split=train"
+           f"&offset={offset}&length={length}")
+    found, headers = fetch_json(url)
+    with blame(url, "its answer has another form than expected; give a file by --data"):
+        rows = [row["row"] for row in found["rows"]]
+        return Window(headers.get("X-Revision"), int(found["num_rows_total"]), rows)
+
+
+def is_conversation(item: object) -> bool:
+    if not isinstance(item, dict) or "messages" not in item:
+        return False
+    try:
+        read_text(item)
+    except ValueError:
+        return False
+    return True
+
+
+def fetch_tulu(path: Path, n_wanted: int, seed: int = 0) -> None:
     """Windows of consecutive rows at random offsets, since the rows may be sorted by source. Every
     window is a file, so that an interrupted fetch goes on; at the end they are joined, and the
     offsets and the revision are written beside them."""
-    server = os.environ.get("HF_DATASETS_SERVER", "https://datasets-server.huggingface.co")
-    url = f"{server}/rows?dataset={TULU.replace('/', '%2F')}&config=default&split=train"
-    windows, about_path = path.with_name("windows"), path.with_name("about.json")
-    first, headers = fetch_json(f"{url}&offset=0&length=1")
-    revision, n_total = headers.get("X-Revision"), first["num_rows_total"]
+    revision, n_total, _ = fetch_window(0, 1)
     order = np.random.default_rng(seed).permutation(n_total // WINDOW)
-    windows = windows / str(revision)                  # rows of two revisions are never mixed
+    windows = path.with_name("windows")
     lines, offsets = [], []
-    bar = tqdm(total=n_rows, desc=TULU, unit=" conversations", disable=None)
+    bar = tqdm(total=n_wanted, desc=TULU, unit=" conversations", disable=None)
     for window in order.tolist():
         offset = window * WINDOW
-        part = windows / f"{offset}.jsonl"
+        part = windows / str(revision) / f"{offset}.jsonl"     # rows of two revisions never mix
         if not part.exists():
             time.sleep(PAUSE)
-            found, headers = fetch_json(f"{url}&offset={offset}&length={WINDOW}")
-            ensure(headers.get("X-Revision") == revision, f"{TULU} was changed while it was "
-                   "fetched; run again, it begins anew")
-            with blame(f"{url}&offset={offset}", "run again later"):
-                conversations = [row["row"] for row in found["rows"]]
+            found = fetch_window(offset, WINDOW)
+            ensure(found.revision == revision, f"{TULU} was changed while it was fetched; run "
+                   "again, it begins anew")
             with write_atomically(part) as file:
-                for conversation in conversations:
-                    if is_usable(conversation):
-                        text = json.dumps({"messages": conversation["messages"]})
-                        file.write(text.encode() + b"\n")
+                for item in filter(is_conversation, found.conversations):
+                    file.write(json.dumps({"messages": item["messages"]}).encode() + b"\n")
         kept = part.read_bytes().splitlines(keepends=True)
         lines += kept
         offsets.append(offset)
         bar.update(len(kept))
-        if len(lines) >= n_rows:
+        if len(lines) >= n_wanted:
             break
     bar.close()
-    ensure(len(lines) >= n_rows, f"{TULU} has {len(lines):,} conversations where {n_rows:,} are "
-           "wanted; give a file of your own by --data")
+    ensure(len(lines) >= n_wanted, f"{TULU} has {len(lines):,} conversations where {n_wanted:,} "
+           "are wanted; give a file of your own by --data")
     about = {"dataset": TULU, "revision": revision, "seed": seed, "window": WINDOW,
              "offsets": offsets}
-    with write_atomically(about_path) as file:
+    with write_atomically(path.with_name("about.json")) as file:
         file.write(json.dumps(about).encode())
     with write_atomically(path) as file:
-        file.writelines(lines[:n_rows])
-    shutil.rmtree(windows.parent)
-
-
-def is_usable(conversation: dict) -> bool:
-    try:
-        read_text(conversation)
-    except ValueError:
-        return False
-    return "messages" in conversation
+        file.writelines(lines[:n_wanted])
+    shutil.rmtree(windows)
 
 
 class TokenIds(NamedTuple):
@@ -361,7 +373,7 @@ def any_process(run: Run, flag: bool) -> bool:
 
 def start_log(log: Path, n_lines: int) -> None:
     """Keep the lines up to the checkpoint; what came after it will be written again."""
-    lines = log.read_bytes().splitlines(keepends=True) if n_lines else []
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     with write_atomically(log) as file:
         file.writelines(lines[:n_lines])
 
@@ -409,7 +421,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
                     save_checkpoint(path, model, model.config, step=done, settings=settings,
                                     backbone=backbone, **state)
                     if bar.disable:
-                        print(f"{path.stem} {done}/{iters} {shown}")
+                        print(f"{path.stem} {done}/{iters} {shown}", flush=True)
             if stopped:
                 bar.close()
                 if is_first_process:

@@ -303,8 +303,8 @@ class ToyBatches:
 def fit_toy(path, loss, processes=Processes(0, 1), accumulate=1):
     toy = Toy()
     args = argparse.Namespace(resume=False, accumulate=accumulate, save_every=100)
-    train.fit(toy, loss, ToyBatches(), path, settings={}, backbone=None, args=args,
-              processes=processes, iters=len(GRADIENTS), lr=0.5)
+    run = train.Run(args, path.parent, [], 0, processes, torch.device("cpu"))
+    train.fit(run, toy, loss, ToyBatches(), path, iters=len(GRADIENTS), lr=0.5)
     return toy
 
 
