@@ -271,8 +271,9 @@ def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -
     ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
            f"{config.d_model}, not {backbone.config.d_model}; give the right --init")
     layers_fit = config.write_layer <= config.read_layer <= len(backbone.layers)
-    ensure(layers_fit and 0 < config.n_head <= config.d_slot, f"{path} has a config that does not "
-           f"fit together, {config}; {NOT_OURS}")
+    heads_fit = config.n_head > 0 and config.d_slot % config.n_head == 0
+    ensure(layers_fit and heads_fit, f"{path} has a config that does not fit together, {config}; "
+           f"{NOT_OURS}")
     with blame(path, NOT_OURS):
         with torch.device("meta"):         # no size in the file is believed before its tensors are
             memory = MetaState(config)

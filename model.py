@@ -255,7 +255,8 @@ class Backbone(nn.Module):
         every weight, rounded to bfloat16, so that neither device nor dtype matters."""
         found = hashlib.sha256(repr(self.config).encode())
         for p in self.parameters():
-            found.update(p[:1].to(torch.bfloat16).float().cpu().numpy().tobytes())
+            first_row = p[:1].detach().to(torch.bfloat16).float().cpu()
+            found.update(first_row.numpy().tobytes())
         return found.hexdigest()[:16]
 
 
