@@ -11,7 +11,11 @@ import torch
 import eval_gsm8k as E
 from conftest import ROOT, SHARED, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
-from model import TINY, Backbone, run_program, save_backbone, tiny_tokenizer
+from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
+from folders import memory_for
+from metastate import MetaState, preset
+from model import TINY, Backbone, save_backbone, tiny_tokenizer
+from sample import EXAMPLES, run_program
 
 
 @needs_shared
@@ -53,7 +57,7 @@ def test_intervals():
 
 def test_prompts_are_those_of_the_harness():
     shots = [{"question": "q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
-    problem, tokenizer = {"question": "q2", "answer": ""}, tiny_tokenizer()
+    problem, tokenizer = {"question": "q2", "answer": ""}, tiny_tokenizer(WORDS)
     text = lambda name: tokenizer.decode(prompt_ids(tokenizer, PROTOCOLS[name], problem, shots))  # noqa: E731
     assert text("gsm8k") == "Question: q1\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\nQuestion: q2\nAnswer:"
     assert text("gsm8k-cot") == "<|beginoftext|>Q: q1\nA: 1+1=2\nThe answer is 2.\n\nQ: q2\nA:"
@@ -63,7 +67,7 @@ def test_prompts_are_those_of_the_harness():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    save_backbone(Backbone(TINY), tmp_path / "backbone")
+    save_backbone(Backbone(TINY), tmp_path / "backbone", WORDS)
     with open(tmp_path / "data.jsonl", "w") as file:
         for i in range(23):
             file.write(json.dumps({"question": "x" * (i % 7), "answer": f"#### {i}"}) + "\n")
@@ -77,7 +81,7 @@ ARGS = ["eval_gsm8k.py", "--init", "backbone", "--data", "data.jsonl", "--device
 
 def run(monkeypatch, *more):
     monkeypatch.setattr(sys, "argv", [*ARGS, *more])
-    run_program(E.main)
+    run_program(E.main, "")
 
 
 def test_an_interrupted_run_goes_on_and_batches_do_not_matter(folder, monkeypatch, capsys):
@@ -98,15 +102,15 @@ def test_an_interrupted_run_goes_on_and_batches_do_not_matter(folder, monkeypatc
 def test_other_settings_are_not_mixed_into_a_file(folder, monkeypatch):
     run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
     before = (folder / "a.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="error: .*steps = 3, not 6"):
+    with pytest.raises(SystemExit, match="error: .*was made with sampling"):
         run(monkeypatch, "--out", "a.jsonl", "--limit", "3", "--steps", "6")
     assert (folder / "a.jsonl").read_bytes() == before
 
 
 def test_compare_pairs_the_problems(folder, monkeypatch, capsys):
     for name, correct in (("a", [1, 0, 0, 0]), ("b", [1, 1, 1, 0, 1])):
-        rows = [{"index": i, "correct": bool(x)} for i, x in enumerate(correct)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [{"setting": {}}, *rows])) + "\n")
+        rows = [{"index": i, "correct": bool(x), "passes": 1} for i, x in enumerate(correct)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [{"setting": {"problems": 5}}, *rows])) + "\n")
     run(monkeypatch, "--compare", "a.jsonl", "b.jsonl")
     assert "4 problems: 25.0% -> 75.0%, +50.0 points" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="data.jsonl .*results that"):
@@ -137,3 +141,99 @@ def test_bad_problems_are_named(folder, monkeypatch, line, word):
         file.write(line + "\n")
     with pytest.raises(SystemExit, match="error: data.jsonl line 24 .*" + word):
         run(monkeypatch, "--out", "x.jsonl")
+
+
+# ---------------------------------------------------------------------------- WHAT THE TABLES RUN
+
+
+def test_the_example_of_sample_is_a_problem_and_its_answer_right():
+    questions = {p["question"]: p["answer"] for split in ("test", "valid", "train")
+                 for p in dial_problems(split)}
+    example = EXAMPLES["tiny"]
+    assert questions[example.prompt].endswith(f"#### {example.answer}")
+
+
+@pytest.fixture
+def bench():
+    torch.manual_seed(0)
+    backbone = Backbone(TINY).requires_grad_(False).eval()
+    return E.Bench(backbone, tiny_tokenizer(WORDS), dial_problems("valid", 3), 20)
+
+
+def test_every_row_of_the_tables_runs_what_its_name_says(bench, monkeypatch):
+    """A spy on evaluate: the control rows must not run with the memory kept."""
+    memory, memoryless = memory_for(bench.backbone), MetaState(preset(bench.backbone))
+    monkeypatch.setattr(E, "THRESHOLDS", (0.9,))
+    monkeypatch.setattr(E, "BLOCK_LENGTHS", (10,))
+    monkeypatch.setattr(E, "QUOTA_STEPS", (2,))
+    monkeypatch.setattr(E, "THINKING_PASSES", (1, 2))
+    calls, evaluate = [], E.evaluate
+    monkeypatch.setattr(E, "evaluate", lambda *a, **k: calls.append(k) or evaluate(*a, **k))
+    everyone = contestants(memory, memoryless)
+    _, thinking = E.thinking_table(bench, everyone)
+    assert [(k["memory"], k["carry"]) for k in calls] == [
+        (None, "keep"), (memory, "reset"), (memory, "shuffle"), (memoryless, "reset"),
+        (memory, "keep")]
+    assert list(thinking) == ["frozen", "memory reset", "memory shuffled", "memoryless-trained",
+                              "MetaState"]
+    assert all(k["settings"] == {"gen_length": 20, "think": 1, "steps": 1} for k in calls)
+    calls.clear()
+    E.schedule_table(bench, bench, everyone)
+    assert {(k["memory"], k["carry"]) for k in calls} == {(None, "keep"), (memory, "keep")}
+
+
+@pytest.mark.parametrize("carry", ["keep", "reset"])
+def test_a_look_after_n_passes_is_what_is_written_after_n_passes(carry, bench):
+    who = Contestant(memory_for(bench.backbone), carry)
+    looks = bench.score(who, look_at=(1, 3), think=3, steps=1)
+    for n in (1, 3):
+        written = bench.score(who, think=n - 1, steps=1)
+        assert [row for row in looks if row["passes"] == n] == written
+
+
+def test_the_tables_fit_80_columns(capsys):
+    rows = {"memoryless-trained": ["100.0"] * len(E.THINKING_PASSES)}
+    E.print_table("x", list(map(str, E.THINKING_PASSES)), rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_passes_are_counted_by_row(bench):
+    """By threshold rows need passes of their own number, and one that is done waits."""
+    rows = list(E.evaluate(bench.backbone, bench.tokenizer, bench.problems, PROTOCOLS["dial"],
+                           settings=dict(gen_length=12, steps=1, threshold=0.02, think=2)))
+    alone = [next(E.evaluate(bench.backbone, bench.tokenizer, bench.problems, PROTOCOLS["dial"],
+                             todo=[i], settings=dict(gen_length=12, steps=1, threshold=0.02,
+                                                     think=2))) for i in range(3)]
+    assert rows == alone and all(2 < row["passes"] <= 14 for row in rows)
+
+
+@pytest.mark.parametrize("change", [
+    {"index": 5000}, {"index": -1}, {"index": None}, {"index": "1"}, {"correct": "yes"},
+    {"correct": None}, {"correct": 1}, {"passes": None}])
+def test_results_edited_by_hand_are_refused(folder, monkeypatch, change, capsys):
+    run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
+    lines = (folder / "a.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines if line]
+    rows[1] |= change
+    edited = "\n".join(map(json.dumps, rows)) + "\n"
+    (folder / "a.jsonl").write_text(edited)
+    with pytest.raises(SystemExit, match="error: a.jsonl line 2 "):
+        run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
+    assert (folder / "a.jsonl").read_text() == edited
+
+
+def test_evaluation_passes_on_carry_think_and_the_seed_of_every_problem(folder, monkeypatch):
+    seen, generate = [], E.generate
+    monkeypatch.setattr(E, "generate", lambda *a, **k: seen.append(k) or generate(*a, **k))
+    run(monkeypatch, "--out", "a.jsonl", "--limit", "5", "--batch-size", "3", "--carry", "reset",
+        "--think", "2", "--seed", "7")
+    assert [k["carry"] for k in seen] == ["reset"] * 2 and [k["think"] for k in seen] == [2, 2]
+    assert [seed for k in seen for seed in k["seeds"]] == [7, 8, 9, 10, 11]
+
+
+def test_the_answer_ends_at_the_first_stop():
+    tokenizer = tiny_tokenizer(WORDS)
+    ids = tokenizer.encode("1 Q: 2 #### 3<|endoftext|>4", special=True)
+    assert E.answer_text(tokenizer, ids, ("Q:", "<|endoftext|>")) == "1 "
+    assert E.answer_text(tokenizer, ids, ("<|endoftext|>",)) == "1 Q: 2 #### 3"
+    assert E.answer_text(tokenizer, ids, ()) == "1 Q: 2 #### 34"
