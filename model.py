@@ -763,7 +763,7 @@ def tiny_tokenizer(words: list[str]) -> Tokenizer:
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
-    pattern = "|".join(map(re.escape, words)) + r"|[\s\S]"
+    pattern = "|".join([*map(re.escape, words), r"[\s\S]"])
     encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens=special)
     return Tokenizer("tiny", encoding, set(special.values()), nfc=False)

