@@ -84,7 +84,7 @@ def draw(runs: list[Path], tables: list[dict]) -> None:
     for name, style in STYLES.items():
         values = thinking_values(tables, name, "whole")
         y = np.array(list(values.values()))                            # (passes, runs)
-        bars = [y.mean(1) - y.min(1), y.max(1) - y.mean(1)]
+        bars = np.maximum(0, [y.mean(1) - y.min(1), y.max(1) - y.mean(1)])
         plt.errorbar(range(len(values)), y.mean(1), bars, fmt=style, capsize=3, label=name)
     plt.xticks(range(len(values)), values)
     plt.xlabel("passes over an answer of nothing but masks")
