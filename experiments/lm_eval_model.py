@@ -1,0 +1,110 @@
+"""MATH-500, HumanEval, MBPP and more through lm-evaluation-harness, which this script alone needs:
+
+    pip install lm-eval==0.4.13
+    python experiments/lm_eval_model.py --init llada --memory out/llada/memory.pt \
+        --tasks gsm8k,minerva_math500,humaneval,mbpp --confirm-run-unsafe-code
+
+The harness brings problems, prompts and scores; every prompt goes to diffusion.generate with the
+settings that eval_gsm8k.py has for the model. humaneval and mbpp execute what the model wrote: the
+harness asks for HF_ALLOW_CODE_EVAL=1 and for its consent flag, which is handed on.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import make_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from diffusion import generate  # noqa: E402
+from eval_gsm8k import (DEFAULT_PROTOCOL, PROTOCOLS, Protocol, answer_text,  # noqa: E402
+                        left_padded)
+from model import InputError, check_output, write_atomically  # noqa: E402
+from sample import (COUNT, Models, add_model_options, add_sampling_options,  # noqa: E402
+                    choose_models, open_models, run_program, sampling_settings, start_device)
+
+
+@register_model("metastate")
+class MetaStateLM(LM):
+    """A masked diffusion model, with or without a memory, as the harness wants to see it."""
+
+    def __init__(self, models: Models, protocol: Protocol, settings: dict, batch_size: int,
+                 seed: int):
+        super().__init__()
+        self.models = models
+        self.protocol = protocol
+        self.settings = settings
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def prompt_ids(self, context: str) -> list[int]:
+        """A harness prompt as eval_gsm8k.prompt_ids puts it: one user turn, or plain text."""
+        tokenizer = self.models.tokenizer
+        if self.protocol.chat:
+            return tokenizer.chat([{"role": "user", "content": context}])
+        start = tokenizer.encode(self.protocol.start)
+        return start + tokenizer.encode(context, special=False)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        backbone, tokenizer, memory, _ = self.models
+        texts = []
+        for first in range(0, len(requests), self.batch_size):
+            batch = requests[first:first + self.batch_size]
+            prompts = [self.prompt_ids(request.args[0]) for request in batch]
+            ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
+                                              backbone.embedding.weight.device)
+            seeds = range(self.seed + first, self.seed + first + len(batch))
+            out = generate(backbone, ids, attention_mask=attention_mask, memory=memory,
+                           seeds=seeds, **self.settings)
+            for request, row in zip(batch, out[:, ids.shape[1]:].tolist()):
+                stops = (*request.args[1].get("until", []), *self.protocol.stops)
+                texts.append(answer_text(tokenizer, row, stops))
+        return texts
+
+    def loglikelihood(self, requests: list[Instance]) -> list:
+        raise InputError("this task asks for likelihoods, which a sampler of masked diffusion does "
+                         "not give; take a task that generates, gsm8k for example")
+
+    loglikelihood_rolling = loglikelihood
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_model_options(parser)
+    add = parser.add_argument_group("harness").add_argument
+    add("--tasks", required=True, help="names of the harness's tasks, separated by commas")
+    add("--include-path", type=Path, help="a folder with task files of your own")
+    add("--num-fewshot", type=int, help="default: the task's")
+    add("--limit", type=COUNT, help="only the first so many problems of each task")
+    add("--batch-size", type=COUNT, default=16)
+    add("--out", type=Path, default=Path("out/lm_eval.json"), help="where the results go")
+    add("--confirm-run-unsafe-code", action="store_true", help="let tasks execute written code")
+    add_sampling_options(parser, "eval_gsm8k.py's for the model")
+    args = parser.parse_args()
+    choice = choose_models(args)
+    protocol = PROTOCOLS[DEFAULT_PROTOCOL.get(choice.name, DEFAULT_PROTOCOL[choice.kind])]
+    settings = sampling_settings(args, protocol.settings)
+    check_output(args.out)
+    device, _ = start_device(args.device)
+    models = open_models(choice, args, device)
+
+    from lm_eval.tasks import TaskManager
+    found = simple_evaluate(
+        MetaStateLM(models, protocol, settings, args.batch_size, args.seed),
+        tasks=args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit,
+        task_manager=TaskManager(include_path=str(args.include_path) if args.include_path else None),
+        confirm_run_unsafe_code=args.confirm_run_unsafe_code, bootstrap_iters=1000)
+    print(make_table(found))
+    with write_atomically(args.out) as file:
+        saved = {"identity": models.identity, "settings": settings, "results": found["results"]}
+        file.write(json.dumps(saved, default=str).encode())
+    print(f"the results are in {args.out}")
+
+
+if __name__ == "__main__":
+    run_program(main, if_interrupted="nothing is kept")
