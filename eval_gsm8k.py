@@ -4,17 +4,17 @@ Without arguments: the newest run, or the tiny model of this repository, on the 
 Every answer is appended to a JSONL file, which another run goes on with; --compare A B pairs two
 such files. Prompts and answer rules are those of lm-evaluation-harness (gsm8k and gsm8k_cot).
 """
+import os
 import signal
 import sys
 
 if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from dataclasses import dataclass, field, replace

@@ -6,17 +6,17 @@ token is written. --infill completes an answer with blanks, --html writes a page
 
 The other programs take from here what they share: options, opening models, the end of a program.
 """
+import os
 import signal
 import sys
 
 if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import codecs
 import hashlib
 import json
-import os
 import re
 import shutil
 import textwrap
@@ -53,9 +53,9 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
     except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: the memory of this machine or device is too small; take smaller batches, "
                  "a shorter --max-length or --gen-length")
-    except OSError as error:           # standard output: a closed pipe, a full disk
+    except OSError as error:           # without a name: a closed pipe, a full disk under stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"error: the output cannot be written ({error.strerror})")
+        sys.exit(f"error: {error.filename or 'the output'} cannot be used ({error.strerror})")
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:

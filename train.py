@@ -7,16 +7,16 @@ evaluates all of them and prints two tables. With --init llada or dream: fetches
 shares every batch out. All random draws follow from seed, step and row, so that a resumed run, or
 one on more processes, sees what an uninterrupted one sees.
 """
+import os
 import signal
 import sys
 
 if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor

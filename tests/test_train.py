@@ -30,7 +30,7 @@ TOKENIZER = tiny_tokenizer(WORDS)
 NAMES = ("backbone", "memory", "memoryless")
 SMALL = ["--backbone-iters", 6, "--backbone-batch", 8, "--iters", 8, "--batch", 8, "--K", 3,
          "--save-every", 2, "--device", "cpu", "--problems", 0]
-LONGER = ["--backbone-iters", 30, "--iters", 80]
+LONGER = ["--backbone-iters", 20, "--iters", 40]
 RANDOM = ["--confident", 0]            # where a reveal must not hang on the last bit of a sum
 
 
@@ -128,7 +128,7 @@ def test_a_signal_in_the_loop_saves_and_ends(whole, tmp_path, number):
     assert program.wait() == 130, program.text()
     assert "--resume" in program.text() and "Traceback" not in program.text()
     state = load_checkpoint(out / "memory.pt")
-    assert state["step"] == len(log(out)) < 80 and "optimizer" in state
+    assert state["step"] == len(log(out)) < 40 and "optimizer" in state
     finished(out, data, *LONGER, "--save-every", 1000, "--resume")
     assert_equal_weights(whole, out)
     # Who samples needs no optimiser: two thirds of the file.
@@ -224,9 +224,9 @@ def test_a_loss_that_is_not_finite_stops_and_another_rate_goes_on(tmp_path, data
     assert "loss became" in sentence and "memory.pt" in sentence and "--lr" in sentence
     # What is kept was finite: a NaN is seen before it is stepped or saved.
     state = load_checkpoint(out / "memory.pt")
-    assert state["step"] < 80 and all(p.isfinite().all() for p in state["model"].values())
+    assert state["step"] < 40 and all(p.isfinite().all() for p in state["model"].values())
     finished(out, data, *LONGER, "--lr", 1e-3, "--resume")
-    assert len(log(out)) == 80
+    assert len(log(out)) == 40
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, data):
