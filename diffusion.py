@@ -152,7 +152,7 @@ class Sampling:
         shared_out = self.threshold is not None or self.steps % self.n_blocks == 0
         ensure(filled == self.gen_length and shared_out and self.steps > 0,
                f"gen_length {self.gen_length}, block_length {self.block_length} and steps "
-               f"{self.steps} do not divide: blocks must fill gen_length and share out steps evenly")
+               f"{self.steps} do not divide: blocks must fill gen_length and share steps evenly")
         known = LLADA_REMASKING + DREAM_REMASKING
         ensure(self.remasking in known,
                f"remasking {self.remasking!r} is unknown; take one of {', '.join(known)}")

@@ -226,7 +226,7 @@ def read_problems(path: Path) -> list[dict[str, str]]:
 # -------------------------------------------------------------------------------------- SCORES
 
 class Watch:
-    """Counts the passes of every row, and keeps what would be written at once after some of them."""
+    """Counts the passes of every row, and keeps what would be written after some of them."""
 
     def __init__(self, look_at: tuple[int, ...]):
         self.look_at = look_at
@@ -422,7 +422,7 @@ def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
 
 def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     """The setting that a results file was made with, and its rows by problem. A line that a kill
-    cut short is passed over; its problem is answered again. Raises InputError for an edited file."""
+    cut short is passed over; its problem is answered again. Raises InputError for a wrong row."""
     with blame(path, "give a file of results that eval_gsm8k.py wrote"):
         lines = path.read_bytes().split(b"\n")
         setting = json.loads(lines[0])["setting"]

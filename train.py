@@ -332,7 +332,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, setti
 
 @contextmanager
 def stop_signals() -> Iterator[list]:
-    """A list that is not empty after Ctrl-C or SIGTERM, so that a loop can end between two steps."""
+    """A list that is not empty after Ctrl-C or SIGTERM: a loop can end between two steps."""
     received = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *what: received.append(what)) for number in numbers]

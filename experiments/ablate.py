@@ -1,4 +1,4 @@
-"""Which part matters, and what does the same without a memory: python experiments/ablate.py out/tiny
+"""What matters, and what does the same without a memory: python experiments/ablate.py out/tiny
 
 Trains variants on the frozen backbone of a finished run, one change each and otherwise the settings
 of train.py, and appends accuracy on the validation problems to RUN/ablations.jsonl: whole answers

@@ -1,8 +1,8 @@
 """A second setting, not made for a memory: python experiments/arithmetic.py out/arithmetic
 
 Word problems with two to four sums below 21, put and answered as GSM8K's are; tokens are words and
-numbers. A backbone of two layers is trained on them, then the memory and its memoryless control with
-the settings of train.py, and train.py's two tables are printed for 1,000 test problems.
+numbers. A backbone of two layers is trained on them, then the memory and its memoryless control
+with the settings of train.py, and train.py's two tables are printed for 1,000 test problems.
 """
 import argparse
 import sys
