@@ -162,7 +162,7 @@ class MetaState(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
         nn.init.normal_(self.slots, std=0.5)
-        nn.init.constant_(self.sharpness, 0.55)
+        nn.init.constant_(self.sharpness, 1.0)
         nn.init.zeros_(self.sharpness[:, :self.config.n_free_head])
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from eval_gsm8k import paired_interval  # noqa: E402
 from sample import run_program  # noqa: E402
 
+COLORS = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7"]
 STYLES = {"MetaState": "C0o-", "frozen": "k--", "memory reset": "C1s:", "memory shuffled": "C3^-",
           "memoryless-trained": "C2d-."}
 
@@ -70,65 +71,82 @@ def print_schedules(tables: list[dict]) -> None:
     print()
 
 
+def draw_thinking(axis, tables: list[dict]) -> None:
+    """Passes over an unwritten answer: one line climbs, the others cannot."""
+    for name, style in STYLES.items():
+        values = thinking_values(tables, name, "whole")
+        y = np.array(list(values.values()))                            # (passes, runs)
+        bars = [y.mean(1) - y.min(1), y.max(1) - y.mean(1)]
+        axis.errorbar(range(len(values)), y.mean(1), np.maximum(0, bars), fmt=style, capsize=3)
+    axis.set_xticks(range(len(values)), values)
+    axis.text(5, 91, "MetaState", color="C0", weight="bold")
+    axis.text(0, 6, "without persistence: frozen, memory reset, memory shuffled, "
+              "memoryless-trained", size=9)
+    axis.set_xlabel("passes over an answer of nothing but masks")
+    axis.set_ylabel("whole answers right (%)")
+
+
+def mean_schedules(tables: list[dict], name: str) -> dict[str, tuple[float, float]]:
+    """Of every kind of schedule: passes and accuracy (%), means over the runs."""
+    found = {}
+    for table in tables:
+        for label, schedule in table["schedules"][name].items():
+            # thresholds and block lengths were chosen by run: one point for each kind
+            kind = label if label.startswith("quota") else label.split()[0]
+            point = np.mean(schedule["passes"]), 100 * np.mean(schedule["correct"])
+            found.setdefault(kind, []).append(point)
+        if name == "MetaState":
+            for n, values in table["thinking"][name].items():
+                point = int(n), 100 * np.mean(values["result"])
+                found.setdefault(f"think, {n} passes", []).append(point)
+    return {kind: tuple(np.mean(points, 0)) for kind, points in found.items()}
+
+
+def draw_schedules(axis, tables: list[dict]) -> None:
+    """What a model reaches in at most so many passes, by the best of its schedules."""
+    markers = {"quota": "o", "blocks": "s", "threshold": "^", "think": "*"}
+    for name, color in (("frozen", "k"), ("MetaState", "C0")):
+        points = mean_schedules(tables, name)
+        for kind, (passes, right) in points.items():
+            marker = markers[kind.split(",")[0]]
+            axis.plot(passes, right, marker, color=color, alpha=0.5)
+        passes, right = np.array(sorted(points.values())).T
+        best = np.maximum.accumulate(right)
+        axis.step([*passes, 20], [*best, best[-1]], where="post", color=color, label=name)
+    for kind, marker in markers.items():
+        axis.plot([], [], marker, color="grey", label=kind)
+    axis.set_xscale("log")
+    axis.set_xticks([1, 2, 3, 4, 5, 6, 8, 10, 20], [1, 2, 3, 4, 5, 6, 8, 10, 20])
+    axis.minorticks_off()
+    axis.set_xlabel("passes")
+    axis.set_ylabel("final results right (%)")
+    axis.legend(fontsize=8)
+
+
+def draw_losses(axes, runs: list[Path]) -> None:
+    for axis, name in zip(axes, ("memory", "memoryless")):
+        y = np.mean([losses(run, name) for run in runs], 0)            # (steps / 20, K)
+        for k in range(y.shape[1]):
+            axis.plot(20 * np.arange(len(y)), y[:, k], color=COLORS[k], label=f"k = {k + 1}")
+        axis.set_title(name)
+        axis.set_xlabel("training step")
+    axes[0].set_ylabel("dense loss of unrolled step k")
+    axes[0].legend()
+
+
 def draw(runs: list[Path], tables: list[dict]) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def save(name: str) -> None:
-        plt.tight_layout()
-        plt.savefig(ROOT / "assets" / name, dpi=110)
-
-    # 1. passes over an unwritten answer: one line climbs, the others cannot
-    plt.figure(figsize=(7, 3.6))
-    for name, style in STYLES.items():
-        values = thinking_values(tables, name, "whole")
-        y = np.array(list(values.values()))                            # (passes, runs)
-        bars = np.maximum(0, [y.mean(1) - y.min(1), y.max(1) - y.mean(1)])
-        plt.errorbar(range(len(values)), y.mean(1), bars, fmt=style, capsize=3, label=name)
-    plt.xticks(range(len(values)), values)
-    plt.xlabel("passes over an answer of nothing but masks")
-    plt.ylabel("whole answers right (%)")
-    plt.legend()
-    save("thinking.png")
-
-    # 2. the best that every kind of schedule gives, by the passes it takes
-    plt.figure(figsize=(7, 3.6))
-    for name in ("MetaState", "frozen"):
-        points = {}
-        for table in tables:
-            for label, schedule in table["schedules"][name].items():
-                point = (np.mean(schedule["passes"]), 100 * np.mean(schedule["correct"]))
-                kind = label.split(",")[0].split(" ")[0]
-                points.setdefault(kind, []).append(point)
-            if name == "MetaState":
-                for n, found in table["thinking"][name].items():
-                    points.setdefault("think, then all at once", []).append(
-                        (int(n), 100 * np.mean(found["result"])))
-        for kind, found in points.items():
-            marker = {"quota": "o", "blocks": "s", "threshold": "^"}.get(kind, "*")
-            plt.scatter(*zip(*found), marker=marker, label=f"{name}: {kind}", alpha=0.6,
-                        color=STYLES[name][:2] if name == "MetaState" else "k")
-    plt.xlabel("passes")
-    plt.xscale("log")
-    plt.xticks([2, 3, 4, 5, 8, 10, 20], [2, 3, 4, 5, 8, 10, 20])
-    plt.minorticks_off()
-    plt.ylabel("final results right (%)")
-    plt.legend(fontsize=8)
-    save("schedules.png")
-
-    # 3. the loss of every unrolled step
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, name in zip(axes, ("memory", "memoryless")):
-        y = np.mean([losses(run, name) for run in runs], 0)            # (steps / 20, K)
-        for k in range(y.shape[1]):
-            axis.plot(20 * np.arange(len(y)), y[:, k], color=plt.cm.viridis(k / y.shape[1]),
-                      label=f"k = {k + 1}")
-        axis.set_title(name)
-        axis.set_xlabel("training step")
-    axes[0].set_ylabel("dense loss of unrolled step k")
-    axes[1].legend()
-    save("loss.png")
+    for name, n_axes, function, data in (
+            ("thinking.png", 1, draw_thinking, tables),
+            ("schedules.png", 1, draw_schedules, tables),
+            ("loss.png", 2, draw_losses, runs)):
+        figure, axes = plt.subplots(1, n_axes, figsize=(7 + n_axes, 3.6), sharey=True)
+        function(axes, data)
+        figure.tight_layout()
+        figure.savefig(ROOT / "assets" / name, dpi=110)
 
 
 def losses(run: Path, name: str) -> np.ndarray:
