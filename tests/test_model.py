@@ -173,7 +173,9 @@ HOSTILE = {
     "offsets fractional": pack({"a": entry(stop=16.0)}),
     "three offsets": pack({"a": {**entry(), "data_offsets": [0, 8, 16]}}),
     "tensors overlap": pack({"a": entry(), "b": entry(start=8, stop=24)}, b"\0" * 24),
+    "overlap, as long as both": pack({"a": entry(), "b": entry(start=8, stop=24)}, b"\0" * 32),
     "a gap": pack({"a": entry(), "b": entry(start=20, stop=36)}, b"\0" * 36),
+    "a gap, as long as both": pack({"a": entry(), "b": entry(start=20, stop=36)}, b"\0" * 32),
     "truncated data": pack({"a": entry()}, b"\0" * 15),
     "data left over": pack({"a": entry()}, b"\0" * 17),
 }
