@@ -17,7 +17,6 @@ import http.client
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -58,8 +57,9 @@ def blame(source: object, advice: str) -> Iterator[None]:
     """Whatever fails inside is the fault of source, a file for example: an InputError says so."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            AssertionError, ArithmeticError, MemoryError, pickle.UnpicklingError) as error:
+    except InputError:
+        raise
+    except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         first_sentence = re.split(r"\.\s|\n", reason)[0]
         raise InputError(f"{source} cannot be used ({first_sentence}); {advice}")
@@ -121,7 +121,8 @@ class AttentionContext(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Statistics in float32, cast back, then the weight: the order of both originals."""
+    """Statistics in float32, cast back (both within F.rms_norm), then the weight: the order of both
+    originals."""
 
     def __init__(self, d: int, eps: float):
         super().__init__()
@@ -144,8 +145,8 @@ def rotary_tables(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
     y = x.to(cos.dtype)
-    first, second = y.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
+    first, second = y.chunk(2, dim=-1)                             # each (B, H, T, head_dim / 2)
+    turned = torch.cat((-second, first), dim=-1)                   # (B, H, T, head_dim)
     return (y * cos + turned * sin).to(x.dtype)
 
 
@@ -154,31 +155,34 @@ class Layer(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim = c.d_model // c.n_head
-        self.grouped = c.n_kv_head != c.n_head
+        D = c.d_model
+        self.head_dim = D // c.n_head
+        self.grouped = c.n_kv_head != c.n_head         # several heads share one key and value
         d_kv = c.n_kv_head * self.head_dim
-        self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.q = nn.Linear(c.d_model, c.d_model, bias=c.qkv_bias)
-        self.k = nn.Linear(c.d_model, d_kv, bias=c.qkv_bias)
-        self.v = nn.Linear(c.d_model, d_kv, bias=c.qkv_bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=False)
-        self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
-        self.gate = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.up = nn.Linear(c.d_model, c.d_ff, bias=False)
-        self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
+        self.attn_norm = RMSNorm(D, c.norm_eps)
+        self.q = nn.Linear(D, D, bias=c.qkv_bias)
+        self.k = nn.Linear(D, d_kv, bias=c.qkv_bias)
+        self.v = nn.Linear(D, d_kv, bias=c.qkv_bias)
+        self.out = nn.Linear(D, D, bias=False)
+        self.mlp_norm = RMSNorm(D, c.norm_eps)
+        self.gate = nn.Linear(D, c.d_ff, bias=False)
+        self.up = nn.Linear(D, c.d_ff, bias=False)
+        self.down = nn.Linear(c.d_ff, D, bias=False)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, H, T, head_dim)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, heads, T, head_dim)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        h = self.attn_norm(x)                                          # (B, T, D)
-        q = rotate(self.split_heads(self.q(h)), context.cos, context.sin)
-        k = rotate(self.split_heads(self.k(h)), context.cos, context.sin)
-        v = self.split_heads(self.v(h))                                # (B, H, T, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, context.key_mask, enable_gqa=self.grouped)
-        x = x + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
-        h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+    def forward(self, h: Tensor, context: AttentionContext) -> Tensor:
+        cos, sin, key_mask = context
+        x = self.attn_norm(h)                                          # (B, T, D)
+        q = rotate(self.split_heads(self.q(x)), cos, sin)              # (B, n_head, T, head_dim)
+        k = rotate(self.split_heads(self.k(x)), cos, sin)              # (B, n_kv_head, T, head_dim)
+        v = self.split_heads(self.v(x))                                # as k
+        y = F.scaled_dot_product_attention(q, k, v, key_mask, enable_gqa=self.grouped)     # as q
+        h = h + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
+        x = self.mlp_norm(h)
+        x = F.silu(self.gate(x)) * self.up(x)                          # (B, T, d_ff)
+        return h + self.down(x)                                        # (B, T, D)
 
 
 def recomputed(function: Callable, *inputs: Any, enabled: bool) -> Any:
@@ -201,7 +205,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:
+            if p.dim() == 2:
                 nn.init.normal_(p, std=0.1)
 
     def embed(self, ids: Tensor, attention_mask: Tensor | None = None
@@ -215,8 +219,7 @@ class Backbone(nn.Module):
         if attention_mask is not None:
             key_mask = attention_mask.bool()[:, None, None, :]         # (B, 1, 1, T)
             if c.kind == "dream":
-                counted = attention_mask.long().cumsum(1) - 1          # (B, T)
-                position = counted.masked_fill(attention_mask == 0, 1)
+                position = attention_mask.long().cumsum(1) - 1         # (B, T)
         cos, sin = rotary_tables(position, c.d_model // c.n_head, c.rope_theta)
         dtype = torch.float32 if c.rope_fp32 else h.dtype
         return h, AttentionContext(cos.to(dtype), sin.to(dtype), key_mask)
@@ -231,7 +234,7 @@ class Backbone(nn.Module):
         """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
         (B, T): (N, D), or (B, T, D) without."""
         if self.config.shift:
-            h = torch.cat((h[:, :1], h[:, :-1]), dim=1)
+            h = torch.cat((h[:, :1], h[:, :-1]), dim=1)                # (B, T, D)
         return h if wanted is None else h[wanted]
 
     def head(self, h: Tensor) -> Tensor:
@@ -305,40 +308,34 @@ CONFIG_FIXED = {                   # under other settings theirs is not the arch
         "use_sliding_window": False, "use_mrope": False,
     },
 }
-TENSOR_NAMES = {
+MODULE_NAMES = {                   # with .weight or .bias at the end on both sides
     "llada": {
-        "embedding.weight": "model.transformer.wte.weight",
-        "norm.weight": "model.transformer.ln_f.weight",
-        "lm_head.weight": "model.transformer.ff_out.weight",           # ff_out is two things:
-        "layers.{}.attn_norm.weight": "model.transformer.blocks.{}.attn_norm.weight",
-        "layers.{}.q.weight": "model.transformer.blocks.{}.q_proj.weight",
-        "layers.{}.k.weight": "model.transformer.blocks.{}.k_proj.weight",
-        "layers.{}.v.weight": "model.transformer.blocks.{}.v_proj.weight",
-        "layers.{}.q.bias": "model.transformer.blocks.{}.q_proj.bias",
-        "layers.{}.k.bias": "model.transformer.blocks.{}.k_proj.bias",
-        "layers.{}.v.bias": "model.transformer.blocks.{}.v_proj.bias",
-        "layers.{}.out.weight": "model.transformer.blocks.{}.attn_out.weight",
-        "layers.{}.mlp_norm.weight": "model.transformer.blocks.{}.ff_norm.weight",
-        "layers.{}.gate.weight": "model.transformer.blocks.{}.ff_proj.weight",
-        "layers.{}.up.weight": "model.transformer.blocks.{}.up_proj.weight",
-        "layers.{}.down.weight": "model.transformer.blocks.{}.ff_out.weight",  # and this
+        "embedding": "model.transformer.wte",
+        "norm": "model.transformer.ln_f",
+        "lm_head": "model.transformer.ff_out",                 # ff_out is two things: this
+        "layers.{}.attn_norm": "model.transformer.blocks.{}.attn_norm",
+        "layers.{}.q": "model.transformer.blocks.{}.q_proj",
+        "layers.{}.k": "model.transformer.blocks.{}.k_proj",
+        "layers.{}.v": "model.transformer.blocks.{}.v_proj",
+        "layers.{}.out": "model.transformer.blocks.{}.attn_out",
+        "layers.{}.mlp_norm": "model.transformer.blocks.{}.ff_norm",
+        "layers.{}.gate": "model.transformer.blocks.{}.ff_proj",
+        "layers.{}.up": "model.transformer.blocks.{}.up_proj",
+        "layers.{}.down": "model.transformer.blocks.{}.ff_out",        # and this
     },
     "dream": {
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "lm_head.weight": "lm_head.weight",
-        "layers.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
-        "layers.{}.q.weight": "model.layers.{}.self_attn.q_proj.weight",
-        "layers.{}.k.weight": "model.layers.{}.self_attn.k_proj.weight",
-        "layers.{}.v.weight": "model.layers.{}.self_attn.v_proj.weight",
-        "layers.{}.q.bias": "model.layers.{}.self_attn.q_proj.bias",
-        "layers.{}.k.bias": "model.layers.{}.self_attn.k_proj.bias",
-        "layers.{}.v.bias": "model.layers.{}.self_attn.v_proj.bias",
-        "layers.{}.out.weight": "model.layers.{}.self_attn.o_proj.weight",
-        "layers.{}.mlp_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-        "layers.{}.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
-        "layers.{}.up.weight": "model.layers.{}.mlp.up_proj.weight",
-        "layers.{}.down.weight": "model.layers.{}.mlp.down_proj.weight",
+        "embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "lm_head": "lm_head",
+        "layers.{}.attn_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.q": "model.layers.{}.self_attn.q_proj",
+        "layers.{}.k": "model.layers.{}.self_attn.k_proj",
+        "layers.{}.v": "model.layers.{}.self_attn.v_proj",
+        "layers.{}.out": "model.layers.{}.self_attn.o_proj",
+        "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.gate": "model.layers.{}.mlp.gate_proj",
+        "layers.{}.up": "model.layers.{}.mlp.up_proj",
+        "layers.{}.down": "model.layers.{}.mlp.down_proj",
     },
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -349,11 +346,10 @@ def original_name(kind: str, name: str) -> str:
     """The name in a released checkpoint of our parameter, layers.0.q.weight for example."""
     if kind == "tiny":
         return name
-    number = re.search(r"\d+", name)
-    if number is None:
-        return TENSOR_NAMES[kind][name]
-    pattern = name.replace(f".{number[0]}.", ".{}.")
-    return TENSOR_NAMES[kind][pattern].format(number[0])
+    module, suffix = name.rsplit(".", 1)
+    numbers = re.findall(r"\d+", module)
+    pattern = re.sub(r"\d+", "{}", module)
+    return MODULE_NAMES[kind][pattern].format(*numbers) + "." + suffix
 
 
 def read_json(path: Path) -> dict:
@@ -364,19 +360,16 @@ def read_json(path: Path) -> dict:
 
 
 def check_config(config: Any, source: object) -> None:
-    """Every number of a dataclass that came from a file must be one, and of a sane size."""
+    """Every field of a dataclass that came from a file must be of its type, and every number of a
+    sane size. Raises InputError."""
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.type is int:
-            sound = type(value) is int and 0 <= value < 2 ** 31
-        elif field.type is float:
-            sound = type(value) in (int, float) and 0 < value < 1e300
-        elif field.type is bool:
-            sound = type(value) is bool
-        elif field.type == int | None:
-            sound = value is None or type(value) is int and 0 <= value < 2 ** 31
-        else:
-            continue
+        expected = int | float if field.type is float else field.type      # JSON may say 5 for 5.0
+        sound = isinstance(value, expected)
+        if isinstance(value, bool):        # Python counts it among the ints
+            sound = field.type is bool
+        elif isinstance(value, int | float):
+            sound = sound and 0 <= value < 2 ** 31                         # neither is nan
         ensure(sound, f"{source} has {field.name} = {value!r}, no sound value; {FETCH_AGAIN}")
 
 
@@ -395,16 +388,19 @@ def read_config(folder: Path) -> Config:
             if found.get("embedding_size") is None:
                 found["embedding_size"] = found["vocab_size"]
             values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
-            c = replace(PRESETS[kind].config, **values)
+            c = replace(LLADA if kind == "llada" else DREAM, **values)
     check_config(c, path)
     sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
-    fitting = (min(sizes) > 0 and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
-               and max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size and c.kind == kind)
-    ensure(fitting, f"{path} has sizes that do not fit together, {sizes}; {FETCH_AGAIN}")
+    positive = min(*sizes, c.norm_eps, c.rope_theta) > 0
+    heads_fit = positive and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
+    ids_fit = max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size
+    ensure(heads_fit and ids_fit and c.kind == kind,
+           f"{path} has values that do not fit together, {c}; {FETCH_AGAIN}")
     return c
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object; json.loads alone would take the last of two entries of one name."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name stands twice in its header")
@@ -421,26 +417,27 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"{size} bytes hold no header of {length}")
+            if length > size - 8:      # of exabytes perhaps
+                raise ValueError(f"{size:,} bytes hold no header of {length:,}")
             header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
         tensors = {}
-        end = 8 + length
+        end = 8 + length               # of the bytes that are accounted for
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             start, stop = entry["data_offsets"]
             n_bytes = math.prod(shape) * dtype.itemsize
-            whole_numbers = all(type(n) is int and n >= 0 for n in (start, stop, *shape))
+            whole_numbers = all(type(n) is int for n in (start, stop, *shape))
             if not whole_numbers or 8 + length + start != end or stop - start != n_bytes:
                 raise ValueError(f"tensor {name!r} has an unsound entry, {entry}")
             if end + n_bytes > size:
-                raise ValueError(f"{size:,} bytes end within tensor {name!r}")
-            raw = np.memmap(path, np.uint8, mode="c", offset=end, shape=(n_bytes,))
+                raise ValueError(f"its {size:,} bytes end within tensor {name!r}")
+            # one mapping for each tensor, so that each can leave memory by itself
+            raw = np.memmap(path, np.uint8, mode="c", offset=end, shape=n_bytes)
             tensors[name] = torch.from_numpy(raw).view(dtype).view(shape)
             end += n_bytes
         if end != size:
-            raise ValueError(f"it has {size:,} bytes, its tensors need {end:,}")
+            raise ValueError(f"it has {size:,} bytes, its header describes {end:,}")
     return tensors
 
 
@@ -450,10 +447,10 @@ def shard_paths(folder: Path) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
     with blame(index, FETCH_AGAIN):
-        names = sorted(set(read_json(index)["weight_map"].values()))
-        plain = [os.path.basename(name) for name in names]
-    ensure(names == plain, f"{index} has other than plain file names; {FETCH_AGAIN}")
-    return [folder / name for name in names]
+        names = set(read_json(index)["weight_map"].values())
+        if any(os.path.basename(name) != name for name in names):
+            raise ValueError("it has other than plain file names")
+    return [folder / name for name in sorted(names)]
 
 
 def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
@@ -473,15 +470,17 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
 
     with blame(folder / "config.json", FETCH_AGAIN), torch.device("meta"):
         backbone = Backbone(config)    # shapes without memory
-    parameters = {original_name(config.kind, name): p for name, p in backbone.named_parameters()}
-    for name in sorted(parameters.keys() | tensors.keys()):
-        want = list(parameters[name].shape) if name in parameters else None
-        found = list(tensors[name].shape) if name in tensors else None
-        ensure(found == want, f"{folder} has shape {found} for tensor {name!r} where config.json "
-               f"has {want}; fetch a folder whose config.json and weights belong together")
+    wanted = {original_name(config.kind, name): list(p.shape)
+              for name, p in backbone.named_parameters()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(wanted | found):
+        ensure(found.get(name) == wanted.get(name), f"{folder} has shape {found.get(name)} for "
+               f"tensor {name!r} where config.json has {wanted.get(name)}; fetch a folder whose "
+               "config.json and weights belong together")
 
-    on_gpu = torch.device(device).type == "cuda"
-    dtype = dtype or (torch.bfloat16 if on_gpu else tensor.dtype)
+    if dtype is None:
+        on_gpu = torch.device(device).type == "cuda"
+        dtype = torch.bfloat16 if on_gpu else next(iter(tensors.values())).dtype
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for name, p in backbone.named_parameters():
         # pop: a file's pages leave our memory as soon as its tensor has been copied
@@ -491,24 +490,23 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
 
 def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
     """Write a tiny backbone and the words of its tokeniser as a checkpoint folder, in float32."""
-    header, arrays, end = {}, [], 0
+    header = {}
+    content = b""
     for name, p in backbone.named_parameters():
-        array = p.detach().float().cpu().numpy()
-        offsets = [end, end + array.nbytes]
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": offsets}
-        arrays.append(array)
-        end += array.nbytes
+        data = p.detach().float().cpu().numpy().tobytes()
+        offsets = [len(content), len(content) + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(p.shape), "data_offsets": offsets}
+        content += data
     text = json.dumps(header).encode()
     config = {"model_type": "tiny", **asdict(backbone.config)}
-    with write_atomically(folder / "model.safetensors") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for array in arrays:
-            file.write(array.tobytes())
-    with write_atomically(folder / "tokenizer.json") as file:
-        file.write(json.dumps({"words": words}).encode())
-    with write_atomically(folder / "config.json") as file:
-        file.write(json.dumps(config).encode())
+    files = {
+        "model.safetensors": len(text).to_bytes(8, "little") + text + content,
+        "tokenizer.json": json.dumps({"words": words}).encode(),
+        "config.json": json.dumps(config).encode(),
+    }
+    for name, data in files.items():
+        with write_atomically(folder / name) as file:
+            file.write(data)
 
 
 # --------------------------------------------------------------------------------------- FILES
@@ -524,7 +522,7 @@ def check_output(path: Path) -> None:
     """Raise InputError where a file could not be written: before hours of work, not after. Only a
     plain file is ever replaced, no folder, link or device."""
     with blame(path, WRITABLE):
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ValueError("it is there and no plain file")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary(path).touch()
@@ -571,15 +569,10 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
 
 
-def endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
 def retry(what: str, attempt: Callable[[], Any]) -> Any:
     """attempt(), again after what may pass: 429, a server's error, a broken transfer. Raises
     InputError at once where there is no connection or the server refuses, else after the last."""
-    for pause in (2, 8, 30, 60, None):
-        wait = pause
+    for pause in (2, 8, 30, 60, None):                 # seconds
         try:
             return attempt()
         except urllib.error.HTTPError as error:
@@ -587,24 +580,24 @@ def retry(what: str, attempt: Callable[[], Any]) -> Any:
             ensure(error.code == 429 or error.code >= 500, f"{what} is refused ({trouble}); check "
                    "the address, and HF_TOKEN where one is needed")
             asked = error.headers.get("Retry-After", "")
-            if pause and asked.isdecimal():
-                wait = min(int(asked), 600)
+            if pause and asked.isdecimal():            # it may be a date, too
+                pause = min(int(asked), 600)
         except urllib.error.URLError as error:
             raise InputError(f"{what} cannot be reached ({error.reason})")
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            trouble = str(error) or type(error).__name__       # cut short, or of another hash
-        if pause is None:
-            raise InputError(f"{what} could not be fetched ({trouble}); run again to go on")
-        print(f"{what}: {trouble}; again in {wait} s", file=sys.stderr)
-        time.sleep(wait)
+        except Exception as error:                     # cut short, or of another hash
+            trouble = str(error) or type(error).__name__
+        ensure(pause is not None, f"{what} could not be fetched ({trouble}); run again to go on")
+        print(f"{what}: {trouble}; again in {pause} s", file=sys.stderr)
+        time.sleep(pause)
 
 
 def fetch_json(url: str) -> tuple[Any, http.client.HTTPMessage]:
     """The JSON value at url, and the headers that came with it. Sends HF_TOKEN when it is set."""
     with blame(url, "check HF_ENDPOINT and HF_DATASETS_SERVER"):
         request = urllib.request.Request(url)
-    if os.environ.get("HF_TOKEN"):
-        request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
+    token = os.environ.get("HF_TOKEN")
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
 
     def attempt() -> tuple[Any, http.client.HTTPMessage]:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -615,12 +608,12 @@ def fetch_json(url: str) -> tuple[Any, http.client.HTTPMessage]:
 
 def download(url: str, path: Path, sha256: str | None = None, git_blob: str | None = None) -> None:
     """Fetch url into path, whole or not at all, checked by its sha256 or its git blob id."""
-    part = path.with_name(path.name + ".part")
-    socket.setdefaulttimeout(60)       # torch.hub waits for ever otherwise
+    part = path.with_name(path.name + ".part")         # not checked yet
+    socket.setdefaulttimeout(60)                       # torch.hub waits for ever otherwise
 
     def attempt() -> None:
         torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
-        if git_blob is not None:
+        if git_blob:
             data = part.read_bytes()
             found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             if found != git_blob:
@@ -633,13 +626,15 @@ def download(url: str, path: Path, sha256: str | None = None, git_blob: str | No
 
 
 def find_weights(path_or_preset: str | Path) -> Path:
-    """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download."""
-    folder = Path(path_or_preset)
+    """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download.
+    Raises InputError where there is none and none can be fetched."""
     preset = PRESETS.get(str(path_or_preset))
     if preset is None or preset.repository is None:
+        folder = Path(path_or_preset)
         ensure(folder.is_dir(), f"there is no folder {folder}; give one, or one of "
                f"{', '.join(PRESETS)} (tiny: made by python train.py)")
         return folder
+
     name = preset.repository.replace("/", "--")
     home = Path(os.environ.get("HF_HOME") or cache_folder().parent / "huggingface")
     cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name}"
@@ -649,6 +644,7 @@ def find_weights(path_or_preset: str | Path) -> Path:
         shards = shard_paths(snapshot)
         if shards and all(path.exists() for path in [snapshot / "config.json", *shards]):
             return snapshot
+
     ours = cache_folder() / name
     if not (ours / "complete").exists():
         with locked(ours / "lock", wait=True, message=f"waiting: another process fetches {ours}"):
@@ -663,9 +659,10 @@ def find_weights(path_or_preset: str | Path) -> Path:
 def download_repository(repository: str, folder: Path) -> None:
     """Fetch a model's config, weights and tokeniser into folder, file by file, at one revision.
     What is there already is not fetched again."""
-    if (folder / "complete").exists():
+    if (folder / "complete").exists():                 # made while we waited for the lock
         return
-    listing, _ = fetch_json(f"{endpoint()}/api/models/{repository}?blobs=true")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    listing, _ = fetch_json(f"{hub}/api/models/{repository}?blobs=true")
     with blame(f"the list of files of {repository}", "check HF_ENDPOINT"):
         revision = listing["sha"]
         files = [file for file in listing["siblings"]
@@ -679,9 +676,11 @@ def download_repository(repository: str, folder: Path) -> None:
           file=sys.stderr)
     for file in missing:
         name = file["rfilename"]
-        download(f"{endpoint()}/{repository}/resolve/{revision}/{name}", folder / name,
-                 sha256=(file.get("lfs") or {}).get("sha256"),
-                 git_blob=None if file.get("lfs") else file.get("blobId"))
+        url = f"{hub}/{repository}/resolve/{revision}/{name}"
+        if file.get("lfs"):            # large: the hub knows its sha256, of others git's own hash
+            download(url, folder / name, sha256=file["lfs"]["sha256"])
+        else:
+            download(url, folder / name, git_blob=file.get("blobId"))
     (folder / "complete").write_text(revision)
 
 
@@ -724,7 +723,6 @@ class Tokenizer:
         """Ids of text; no start token is added. special=False: control tokens are plain text."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        text = text.encode("utf-8", "replace").decode()        # lone surrogates have no bytes
         allowed = "all" if special else set()
         return self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
 
@@ -771,58 +769,47 @@ def tiny_tokenizer(words: list[str]) -> Tokenizer:
 
 def bytes_of_characters() -> dict[str, int]:
     """GPT-2's printable names of the 256 bytes: those without one of their own follow U+0100."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    named = {chr(b): b for b in shown}
-    others = sorted(set(range(256)) - set(shown))
-    return named | {chr(256 + n): b for n, b in enumerate(others)}
+    shown = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-def byte_pair_tokenizer(kind: str, *, split: str, normalizer: str | None, vocab: dict[str, int],
-                        merges: list, added: dict[str, tuple[int, bool]]) -> Tokenizer:
-    """tiktoken's form of a byte-level BPE whose id = 256 + merge rank, as that of LLaDA and Dream.
-    added: {text: (id, whether it is a control token)}. Raises ValueError for any other."""
+def byte_pair_tokenizer(kind: str, vocab: dict[str, int], merges: list, added: list[dict],
+                        nfc: bool) -> Tokenizer:
+    """tiktoken's form of a byte-level BPE such as LLaDA's and Dream's: ids 0 to 255 are the bytes,
+    256 + n is merge n. merges: "a b" or ["a", "b"]; added, tokens that are found before any merge:
+    {content, id, special}. Raises ValueError for a BPE of another form."""
     byte_of = bytes_of_characters()
-    ranks = {}
-    for token, i in vocab.items():
-        if i < 256 + len(merges):
-            ranks[bytes(byte_of[character] for character in token)] = i
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    merged_ids = [vocab["".join(pair)] for pair in pairs]
-    if split != PATTERNS[kind] or normalizer not in (None, "NFC"):
-        raise ValueError(f"split {split!r} or normalizer {normalizer!r} is not the released one")
-    if sorted(ranks.values()) != list(range(len(ranks))) or merged_ids != list(
-            range(256, len(ranks))):
+    merged = ["".join(merge).replace(" ", "") for merge in merges]
+    token_of = {i: token for token, i in vocab.items()}
+    tokens = [token_of.get(i) for i in range(256 + len(merged))]
+    if set(tokens[:256]) != byte_of.keys() or tokens[256:] != merged:
         raise ValueError("it is no byte-level BPE with id = 256 + merge rank")
-    special = {text: i for text, (i, _) in added.items()}
-    hidden = {i for i, is_control in added.values() if is_control}
-    encoding = tiktoken.Encoding(kind, pat_str=split, mergeable_ranks=ranks, special_tokens=special)
-    return Tokenizer(kind, encoding, hidden, nfc=normalizer == "NFC")
+    ranks = {bytes(byte_of[character] for character in token): i for i, token in enumerate(tokens)}
+    special = {token["content"]: token["id"] for token in added}
+    hidden = {token["id"] for token in added if token["special"]}
+    encoding = tiktoken.Encoding(kind, pat_str=PATTERNS[kind], mergeable_ranks=ranks,
+                                 special_tokens=special)
+    return Tokenizer(kind, encoding, hidden, nfc)
 
 
 def read_llada_tokenizer(folder: Path) -> Tokenizer:
     found = read_json(folder / "tokenizer.json")
     normalizer = found["normalizer"]
-    return byte_pair_tokenizer(
-        "llada",
-        split=found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"],
-        normalizer=normalizer["type"] if normalizer else None,
-        vocab=found["model"]["vocab"],
-        merges=found["model"]["merges"],
-        added={t["content"]: (t["id"], t["special"]) for t in found["added_tokens"]})
+    split = found["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    if split != PATTERNS["llada"] or normalizer not in (None, {"type": "NFC"}):
+        raise ValueError(f"split {split!r} or normalizer {normalizer!r} is not the released one")
+    model = found["model"]
+    return byte_pair_tokenizer("llada", model["vocab"], model["merges"], found["added_tokens"],
+                               nfc=normalizer is not None)
 
 
 def read_dream_tokenizer(folder: Path) -> Tokenizer:
-    lines = (folder / "merges.txt").read_text("utf-8").removesuffix("\n").split("\n")
-    if lines[0].startswith("#version"):
-        lines = lines[1:]
-    added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-    return byte_pair_tokenizer(
-        "dream",
-        split=PATTERNS["dream"],
-        normalizer="NFC",
-        vocab=read_json(folder / "vocab.json"),
-        merges=lines,
-        added={t["content"]: (int(i), t["special"]) for i, t in added.items()})
+    lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+    merges = [line for line in lines if not line.startswith("#version")]
+    decoder = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+    added = [{**token, "id": int(i)} for i, token in decoder.items()]
+    return byte_pair_tokenizer("dream", read_json(folder / "vocab.json"), merges, added, nfc=True)
 
 
 def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
