@@ -261,11 +261,11 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
         for canvas, passes in written:
             answers = canvas[:, ids.shape[1]:].tolist()
             for i, answer_ids, n_passes in zip(batch.tolist(), answers, passes):
-                scored = score(tokenizer, protocol, problems[i], answer_ids)
-                yield {"index": i, **scored, "passes": n_passes}
+                judged = judge(tokenizer, protocol, problems[i], answer_ids)
+                yield {"index": i, **judged, "passes": n_passes}
 
 
-def score(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int]) -> dict:
+def judge(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int]) -> dict:
     """An answer to a problem, and whether it is right."""
     text = answer_text(tokenizer, ids, protocol.stops)
     answer = extract(text, protocol.rule)

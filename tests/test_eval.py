@@ -297,3 +297,14 @@ def test_the_answer_ends_at_the_first_stop():
     assert E.answer_text(tokenizer, ids, ("Q:", "<|endoftext|>")) == "1 "
     assert E.answer_text(tokenizer, ids, ("<|endoftext|>",)) == "1 Q: 2 #### 3"
     assert E.answer_text(tokenizer, ids, ()) == "1 Q: 2 #### 34"
+
+
+@pytest.mark.parametrize("protocol, after_it", [
+    ("dial", "<|endoftext|> 4"), ("gsm8k", " Question: 4"), ("gsm8k-cot", " Q: 4"),
+    ("chat", " Q: 4"), ("chat-few-shot", "</s> 4")])
+def test_an_answer_is_judged_up_to_the_stop_of_its_protocol(protocol, after_it):
+    tokenizer = tiny_tokenizer(WORDS)
+    answer = "The answer is 3. #### 3"
+    ids = tokenizer.encode(answer + after_it, special=True)
+    judged = E.judge(tokenizer, PROTOCOLS[protocol], {"answer": "#### 3"}, ids)
+    assert judged["text"].strip() == answer and judged["correct"]
