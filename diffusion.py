@@ -170,7 +170,7 @@ class Pass(NamedTuple):
     """What on_step is told beside the canvas."""
     eligible: Tensor                   # (B, T) bool: what this pass could have revealed
     revealed: Tensor                   # (B, T) bool: what it did reveal
-    guess: Tensor                      # (B, T): the token it would write where eligible
+    guess: Tensor                      # (B, T): the canvas with what it would write where eligible
     confidence: Tensor                 # (B, T): how sure it is of that
     slots: Tensor | None               # (B, M, d) after the pass
 

@@ -24,6 +24,7 @@ from typing import Iterator, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from diffusion import CARRY, Pass, generate
@@ -40,8 +41,9 @@ from sample import (COUNT, add_model_options, add_sampling_options, choose_model
 BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
-SPLITS = {"test": (0, 1000), "valid": (1000, 2000), "train": (2000, 10 * len(BUTTONS) ** PRESSES)}
+N_PROBLEMS = 10 * len(BUTTONS) ** PRESSES
 SPLIT_ORDER = 29                       # seed of the order that the splits cut up
+SPLITS = {"test": slice(1000), "valid": slice(1000, 2000), "train": slice(2000, N_PROBLEMS)}
 # Every word of a problem is one token.
 WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
          "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
@@ -61,17 +63,11 @@ def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
 def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
     """The first n problems of a split. All that exist stand in one fixed random order which the
     splits cut up: no question is in two of them."""
-    order = np.random.default_rng(SPLIT_ORDER).permutation(SPLITS["train"][1])
-    start, stop = SPLITS[split]
-    problems = []
-    for number in order[start:stop][:n].tolist():
-        number, digit = divmod(number, 10)
-        pressed = []
-        for _ in range(PRESSES):
-            number, button = divmod(number, len(BUTTONS))
-            pressed.append(button)
-        problems.append(dial_problem(digit, pressed))
-    return problems
+    order = np.random.default_rng(SPLIT_ORDER).permutation(N_PROBLEMS)
+    numbers = order[SPLITS[split]][:n]                 # the last digit of a number is the dial's
+    shape = [10] + [len(BUTTONS)] * PRESSES
+    columns = np.unravel_index(numbers, shape, order="F")
+    return [dial_problem(digit, pressed) for digit, *pressed in np.transpose(columns).tolist()]
 
 
 # ------------------------------------------------------------------------- PROMPTS AND ANSWERS
@@ -173,11 +169,11 @@ def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: l
 def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device
                 ) -> tuple[Tensor, Tensor | None]:
     """Prompts as one batch (B, P), and its attention mask (B, P) where any of them is padded."""
-    P = max(map(len, prompts))
-    ids = [[pad_id] * (P - len(p)) + p for p in prompts]
-    mask = [[0] * (P - len(p)) + [1] * len(p) for p in prompts]
-    attention_mask = torch.tensor(mask, device=device)
-    return torch.tensor(ids, device=device), None if attention_mask.all() else attention_mask
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    attention_mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    return ids, None if attention_mask.all() else attention_mask
 
 
 # ---------------------------------------------------------------------------------- DATA FILES
@@ -238,7 +234,7 @@ class Watch:
         self.n += 1
         self.n_by_row = self.n_by_row + found.eligible.any(1).long()
         if self.n in self.look_at:
-            self.looks[self.n] = torch.where(found.eligible, found.guess, canvas)
+            self.looks[self.n] = found.guess
 
 
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
@@ -248,26 +244,33 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
     """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
     correct, passes}. settings: of Sampling. No answer depends on its batch, but for shuffle. With
     look_at instead what would be written at once after each of these numbers of passes."""
-    todo = list(range(len(problems))) if todo is None else todo
+    if todo is None:
+        todo = list(range(len(problems)))
     n_batches = math.ceil(len(todo) / batch_size)
-    for batch in np.array_split(todo, n_batches) if todo else []:      # of equal size, none alone
+    batches = np.array_split(todo, n_batches) if todo else []  # as equal in size as can be
+    for batch in batches:
         prompts = [prompt_ids(tokenizer, protocol, problems[i], shots) for i in batch]
         ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
                                           backbone.embedding.weight.device)
         watch = Watch(look_at)
         canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
                           seeds=[seed + int(i) for i in batch], on_step=watch.on_step, **settings)
-        found = [(canvas, watch.n_by_row)]
+        written = [(canvas, watch.n_by_row.tolist())]
         if look_at:
-            found = [(look, torch.full(batch.shape, n)) for n, look in watch.looks.items()]
-        for canvas, passes in found:
+            written = [(look, [n] * len(batch)) for n, look in watch.looks.items()]
+        for canvas, passes in written:
             answers = canvas[:, ids.shape[1]:].tolist()
-            for i, answer_ids, n_passes in zip(batch.tolist(), answers, passes.tolist()):
-                text = answer_text(tokenizer, answer_ids, protocol.stops)
-                answer = extract(text, protocol.rule)
-                yield {"index": i, "problem": digest(problems[i]), "text": text, "answer": answer,
-                       "correct": is_correct(answer, problems[i]["answer"], protocol.rule),
-                       "passes": n_passes}
+            for i, answer_ids, n_passes in zip(batch.tolist(), answers, passes):
+                judged = judge(tokenizer, protocol, problems[i], answer_ids)
+                yield {"index": i, **judged, "passes": n_passes}
+
+
+def judge(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int]) -> dict:
+    """An answer to a problem, and whether it is right."""
+    text = answer_text(tokenizer, ids, protocol.stops)
+    answer = extract(text, protocol.rule)
+    correct = is_correct(answer, problem["answer"], protocol.rule)
+    return {"problem": digest(problem), "text": text, "answer": answer, "correct": correct}
 
 
 def answer_text(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
@@ -354,12 +357,13 @@ def percent(values: list[bool]) -> str:
 def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
     """A table for people, 80 columns wide at most, which is also Markdown."""
     width = max(map(len, rows))
-    lines = [title, ""]
-    for name, cells in {"": header, **rows}.items():
-        lines.append("|".join(["", f"{name:{width}}", *(f"{cell:>5}" for cell in cells), ""]))
-        if not name:
-            lines.append("|---" * (len(header) + 1) + "|")
-    text = "\n".join([*lines, ""])
+
+    def line(name: str, cells: list[str]) -> str:
+        return "|".join(["", name.ljust(width), *(cell.rjust(5) for cell in cells), ""])
+
+    lines = [title, "", line("", header), "|---" * (len(header) + 1) + "|"]
+    lines += [line(name, cells) for name, cells in rows.items()]
+    text = "\n".join(lines) + "\n"
     print(text)
     return text
 
@@ -370,24 +374,30 @@ def thinking_table(bench: Bench, everyone: dict[str, Contestant]) -> tuple[str, 
     found = {}
     for name, who in tqdm(everyone.items(), desc="thinking", leave=False, disable=None):
         rows = bench.score(who, look_at=THINKING_PASSES, think=max(THINKING_PASSES) - 1, steps=1)
-        found[name] = {}
-        for n in THINKING_PASSES:
-            after_n = [row for row in rows if row["passes"] == n]
-            found[name][n] = {"whole": [row["whole"] for row in after_n],
-                              "result": [row["correct"] for row in after_n]}
+        found[name] = {n: {"whole": [], "result": []} for n in THINKING_PASSES}
+        for row in rows:
+            after_n = found[name][row["passes"]]
+            after_n["whole"].append(row["whole"])
+            after_n["result"].append(row["correct"])
     text = ""
     for key, title in (("whole", "Whole answers right (%)"), ("result", "Final results right (%)")):
-        cells = {name: [percent(found[name][n][key]) for n in THINKING_PASSES] for name in found}
-        title = f"{title} after N passes without a word, {len(bench.problems)} problems, N ="
+        title += f" after N passes without a word, {len(bench.problems)} problems, N ="
+        cells = {name: [percent(after_n[key]) for after_n in by_n.values()]
+                 for name, by_n in found.items()}
         text += print_table(title, list(map(str, THINKING_PASSES)), cells) + "\n"
     return text, found
 
 
-def cheapest(scores: dict[str, list[dict]]) -> str:
-    """The schedule with fewest passes among those within a point of the best accuracy."""
-    accuracy = {name: np.mean([row["correct"] for row in rows]) for name, rows in scores.items()}
-    good = [name for name in scores if accuracy[name] >= max(accuracy.values()) - 0.01]
-    return min(good, key=lambda name: np.mean([row["passes"] for row in scores[name]]))
+def cheapest(valid: Bench, who: Contestant, schedules: dict[str, dict], desc: str) -> str:
+    """The schedule with the fewest passes among those within a point of the best accuracy."""
+    accuracy = {}
+    passes = {}
+    for label, settings in tqdm(schedules.items(), desc, leave=False, disable=None):
+        rows = valid.score(who, **settings)
+        accuracy[label] = np.mean([row["correct"] for row in rows])
+        passes[label] = np.mean([row["passes"] for row in rows])
+    good = [label for label in schedules if accuracy[label] >= max(accuracy.values()) - 0.01]
+    return min(good, key=passes.get)
 
 
 def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
@@ -398,24 +408,24 @@ def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
     quotas = {f"quota, {n} steps": dict(steps=n) for n in QUOTA_STEPS}
     blocks = {f"blocks of {n}": dict(block_length=n, steps=length // n) for n in BLOCK_LENGTHS}
     thresholds = {f"threshold {x}": dict(threshold=x, steps=1) for x in THRESHOLDS}
-    schedules = quotas | blocks | thresholds
-    table, found = {}, {}
+    cells = {}
+    found = {}
     for name in ("frozen", "MetaState"):
         who = everyone[name]
-        bar = tqdm({**blocks, **thresholds}.items(), f"schedules, {name}", leave=False,
-                   disable=None)
-        tried = {label: valid.score(who, **settings) for label, settings in bar}
-        chosen = [cheapest({label: tried[label] for label in kind})
-                  for kind in (blocks, thresholds)]
-        found[name] = {label: bench.score(who, **schedules[label]) for label in [*quotas, *chosen]}
-        for label, rows in found[name].items():
-            passes = np.mean([row["passes"] for row in rows])
-            table[f"{name}, {label}"] = [percent([row["correct"] for row in rows]), f"{passes:.2f}"]
-    text = print_table(f"Final results right (%), {len(bench.problems)} problems; block length and "
-                       "threshold were chosen on others", ["right", "passes"], table)
-    saved = {name: {label: {key: [row[key] for row in rows] for key in ("correct", "passes")}
-                    for label, rows in by_label.items()} for name, by_label in found.items()}
-    return text, saved
+        schedules = dict(quotas)
+        for kind in (blocks, thresholds):
+            best = cheapest(valid, who, kind, desc=f"schedules, {name}")
+            schedules[best] = kind[best]
+        found[name] = {}
+        for label, settings in schedules.items():
+            rows = bench.score(who, **settings)
+            correct = [row["correct"] for row in rows]
+            passes = [row["passes"] for row in rows]
+            found[name][label] = {"correct": correct, "passes": passes}
+            cells[f"{name}, {label}"] = [percent(correct), f"{np.mean(passes):.2f}"]
+    title = (f"Final results right (%), {len(bench.problems)} problems; block length and threshold "
+             "were chosen on others")
+    return print_table(title, ["right", "passes"], cells), found
 
 
 # --------------------------------------------------------------------------------- RESULT FILES
@@ -424,51 +434,63 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     """The setting that a results file was made with, and its rows by problem. A line that a kill
     cut short is passed over; its problem is answered again. Raises InputError for a wrong row."""
     with blame(path, "give a file of results that eval_gsm8k.py wrote"):
-        lines = path.read_bytes().split(b"\n")
-        setting = json.loads(lines[0])["setting"]
-        n_problems = setting["problems"]
+        first, *lines = path.read_bytes().split(b"\n")
+        setting = json.loads(first)["setting"]
+        indices = range(setting["problems"])
     rows = {}
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in enumerate(lines, 2):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         with blame(f"{path} line {number}", "remove that line, its problem is answered again"):
-            index, correct = row["index"], row["correct"]
-            if type(index) is not int or not 0 <= index < n_problems:
-                raise ValueError(f"index {index!r} is none of its {n_problems} problems")
-            if type(correct) is not bool or type(row["passes"]) is not int:
-                raise ValueError("correct is no boolean, or passes no number")
-            rows[index] = row
+            index = row["index"]
+            if type(index) is not int or index not in indices:
+                raise ValueError(f"index {index!r} is none of its {len(indices)} problems")
+            if type(row["correct"]) is not bool or row["passes"] not in range(2 ** 31):
+                raise ValueError("correct is no boolean, or passes is no number of passes")
+            if rows.setdefault(index, row) != row:
+                raise ValueError(f"problem {index} has another answer above")
     return setting, rows
 
 
 def compare(a: Path, b: Path) -> None:
     """Print the paired difference of two results files on the problems that both have."""
-    (_, first), (_, second) = read_results(a), read_results(b)
-    both = sorted(first.keys() & second.keys())
-    same = [i for i in both if first[i].get("problem") == second[i].get("problem")]
+    _, before = read_results(a)
+    _, after = read_results(b)
+    both = sorted(before.keys() & after.keys())
+    same = [i for i in both if before[i].get("problem") == after[i].get("problem")]
     ensure(both and same == both, f"{a} and {b} have no problem in common, or different ones under "
            "one number; compare runs on the same data")
-    before = [first[i]["correct"] for i in both]
-    after = [second[i]["correct"] for i in both]
-    difference, low, high = (100 * value for value in paired_interval(before, after))
-    print(f"{len(both)} problems: {np.mean(before):.1%} -> {np.mean(after):.1%}, {difference:+.1f} "
-          f"points (95 % of problems, paired: {low:+.1f} to {high:+.1f})")
+    right_before = [before[i]["correct"] for i in both]
+    right_after = [after[i]["correct"] for i in both]
+    difference, low, high = paired_interval(right_before, right_after)
+    print(f"{len(both)} problems: {np.mean(right_before):.1%} -> {np.mean(right_after):.1%}, "
+          f"{100 * difference:+.1f} points (95 % of problems, paired: {100 * low:+.1f} to "
+          f"{100 * high:+.1f})")
 
 
-def open_results(path: Path, setting: dict, is_first_process: bool) -> dict[int, dict]:
-    """The rows that are there already; a new file begins with its setting."""
-    if not path.exists():
-        if is_first_process:
-            with write_atomically(path) as file:
-                file.write(json.dumps({"setting": setting}).encode() + b"\n")
-        return {}
+def rows_so_far(path: Path, setting: dict) -> dict[int, dict]:
+    """The rows of a results file that this setting may go on with."""
     found, rows = read_results(path)
     for key in setting:
         ensure(found.get(key) == setting[key], f"{path} was made with {key} = {found.get(key)!r}, "
                f"not {setting[key]!r}; give another --out")
     return rows
+
+
+def print_score(path: Path, setting: dict, seconds: float) -> None:
+    """The score of a finished results file: there is none with fewer rows than problems."""
+    _, rows = read_results(path)
+    n = setting["problems"]
+    ensure(len(rows) == n, f"{path} holds {len(rows)} of {n} answers; run again to go on")
+    right = sum(row["correct"] for row in rows.values())
+    passes = np.mean([row["passes"] for row in rows.values()])
+    low, high = wilson(right, n)
+    print(json.dumps(setting))
+    print(f"{right} of {n} correct: {right / n:.1%} (95 %: {low:.1%} to {high:.1%}), "
+          f"{passes:.2f} passes, {seconds:.0f} s")
+    print(f"every answer is in {path};\ncompare two such files with --compare A B")
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
@@ -524,7 +546,7 @@ def main() -> None:
     if args.out:
         check_output(args.out)
 
-    # 2. what is not answered yet, every process its share
+    # 2. what is not answered yet, every process its share of the problems
     device, (rank, world) = start_device(args.device)
     backbone, tokenizer, memory, identity = open_models(choice, args, device)
     setting = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
@@ -534,34 +556,27 @@ def main() -> None:
         setting["batch_size"] = args.batch_size        # whose memory a row gets hangs on it
     default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(setting)}.jsonl"
     out = args.out or default_out
-    rows = open_results(out, setting, is_first_process=rank == 0)
-    todo = [i for i in range(len(problems)) if i not in rows][rank::world]
-    begin = time.time()
+    if rank == 0 and not out.exists():
+        with write_atomically(out) as file:
+            file.write(json.dumps({"setting": setting}).encode() + b"\n")
     if world > 1:
-        torch.distributed.barrier()                    # all have read before anyone writes
-    with blame(out, "answers so far are kept, the same command goes on"):
-        file = open(out, "ab", buffering=0)            # whole lines, so that all may append
-    with file:
+        torch.distributed.barrier()                    # now the file is there
+    rows = rows_so_far(out, setting)
+    todo = [i for i in range(rank, len(problems), world) if i not in rows]
+    begin = time.time()
+    with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
         answers = evaluate(backbone, tokenizer, problems, protocol, settings=settings, todo=todo,
                            memory=memory, shots=shots, carry=args.carry, seed=args.seed,
                            batch_size=args.batch_size)
         file.write(b"\n")                              # ends a line that a kill cut short
         for row in tqdm(answers, total=len(todo), disable=None if rank == 0 else True):
             file.write(json.dumps(row).encode() + b"\n")
-    if world > 1:
-        torch.distributed.barrier()
 
     # 3. the score
+    if world > 1:
+        torch.distributed.barrier()                    # now all is answered
     if rank == 0:
-        _, rows = read_results(out)
-        n, right = len(problems), sum(row["correct"] for row in rows.values())
-        ensure(len(rows) == n, f"{out} holds {len(rows)} of {n} answers; run again to go on")
-        passes = np.mean([row["passes"] for row in rows.values()])
-        low, high = wilson(right, n)
-        print(json.dumps(setting))
-        print(f"{right} of {n} correct: {right / n:.1%} (95 %: {low:.1%} to {high:.1%}), "
-              f"{passes:.2f} passes, {time.time() - begin:.0f} s")
-        print(f"every answer is in {out}; compare two such files with --compare A B")
+        print_score(out, setting, time.time() - begin)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import json
 import re
 import shutil
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffusion import DREAM_REMASKING, LLADA_REMASKING, Pass, Sampling, generate
-from metastate import MetaState, load_checkpoint, load_memory
+from metastate import NOT_OURS, MetaState, load_checkpoint, load_memory
 from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
                    load_backbone, load_tokenizer, read_config, write_atomically)
 
@@ -39,6 +40,8 @@ ASSETS = Path(__file__).parent / "assets"
 def run_program(main: Callable[[], None], if_interrupted: str) -> None:
     """Call a program's main. Whatever ends it early, it ends with one sentence: exit status 1, or
     130 after Ctrl-C."""
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit("error: standard output or error is closed; lead it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")           # a terminal may know ASCII only
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -50,7 +53,10 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        is_plain = type(error) is RuntimeError         # as the one of the CPU's allocator is
+        if is_plain and "can't allocate memory" not in str(error):
+            raise
         sys.exit("error: the memory of this machine or device is too small; take smaller batches, "
                  "a shorter --max-length or --gen-length")
     except OSError as error:           # without a name: a closed pipe, a full disk under stdout
@@ -92,7 +98,7 @@ def start_device(name: str | None) -> tuple[torch.device, Processes]:
         if device == torch.device("cuda"):             # no index: every process has its own
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()           # there are devices without numbers, too
     processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if processes.world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -121,9 +127,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Choice(NamedTuple):
-    """Which models were asked for; nothing is loaded or fetched yet."""
+    """Which models were asked for; nothing large is loaded or fetched yet."""
     name: str                          # a preset's, or a folder
-    weights: str | Path                # a preset's name, or a folder
+    weights: str | Path                # where they are from: a preset's name, or a folder
     memory: Path | None
 
     @property
@@ -134,33 +140,40 @@ class Choice(NamedTuple):
 
 
 def newest_memory() -> Path:
-    runs = sorted(Path("out").glob("*/memory.pt"), key=lambda path: path.stat().st_mtime)
-    path = runs[-1] if runs else ASSETS / "tiny" / "memory.pt"
+    """Of the runs in out/; before any training, that of this repository."""
+    runs = Path("out").glob("*/memory.pt")
+    path = max(runs, key=lambda path: path.stat().st_mtime, default=ASSETS / "tiny" / "memory.pt")
     print(f"model: {path.parent}", file=sys.stderr)
     return path
 
 
 def choose_models(args: argparse.Namespace) -> Choice:
     """What the options of add_model_options mean."""
-    name, path = args.init, args.memory
-    if path is None and name in (None, "tiny"):
-        path, name = newest_memory(), None
-    elif path is None and (Path(name) / "memory.pt").is_file():
-        path, name = Path(name) / "memory.pt", None
-    own_backbone = path and path.parent / "backbone"   # of a tiny run
-    if path and (name is None or name == "tiny"):
-        state = load_checkpoint(path)
-        with blame(path, "give a memory.pt that train.py wrote"):
-            name = str(state["backbone"]["name"])
+    # 1. the memory: the one given, that of the run --init, or the newest
+    memory = args.memory
+    name = None if args.init == "tiny" else args.init
+    if memory is None and name is None:
+        memory = newest_memory()
+    elif memory is None and (Path(name) / "memory.pt").is_file():
+        memory = Path(name) / "memory.pt"
+        name = None
+
+    # 2. the backbone: the one given, else the one that the memory was trained on
+    if memory:
+        state = load_checkpoint(memory)
+        with blame(memory, NOT_OURS):
+            trained_on = str(state["backbone"]["name"])
+        name = name or trained_on
+        ensure(args.init != "tiny" or name == "tiny", f"{memory} was trained on {name}, not on a "
+               f"tiny backbone; give --init {name}, or the folder of a tiny run")
+
+    # 3. its weights: those of a tiny one lie beside its memory
     weights = args.weights or name
-    if name == "tiny" and args.weights is None:
-        weights = own_backbone
-    known = str(weights) in PRESETS or Path(weights).is_dir()
-    ensure(known, f"there is no folder {weights}, and it is none of {', '.join(PRESETS)}; give one "
-           "of these, or a folder with config.json and weights")
-    if path and args.memory:
-        load_checkpoint(path)                          # before anything large is fetched
-    return Choice(name, weights, None if args.no_memory else path)
+    if weights == "tiny":
+        weights = memory.parent / "backbone"
+    ensure(str(weights) in PRESETS or Path(weights).is_dir(), f"there is no backbone in {weights}; "
+           f"give --init a run's folder, a checkpoint folder, or one of {', '.join(PRESETS)}")
+    return Choice(name, weights, None if args.no_memory else memory)
 
 
 class Models(NamedTuple):
@@ -186,21 +199,6 @@ def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) 
 
 # ---------------------------------------------------------------------------- SAMPLING OPTIONS
 
-SAMPLING_OPTIONS = {
-    "gen_length": dict(type=COUNT, help="tokens of the answer"),
-    "steps": dict(type=COUNT, help="passes that reveal tokens"),
-    "block_length": dict(type=COUNT, help="write the answer block by block"),
-    "think": dict(type=number(int, 0, 10 ** 5), help="passes before the first token is revealed"),
-    "threshold": dict(type=SHARE, help="reveal whatever is surer, in as many passes as it takes"),
-    "remasking": dict(choices=LLADA_REMASKING + DREAM_REMASKING, help="how tokens are chosen"),
-    "temperature": dict(type=NOT_NEGATIVE),
-    "top_p": dict(type=SHARE, help="for Dream's ways of remasking, as the next two"),
-    "top_k": dict(type=COUNT),
-    "alg_temp": dict(type=NOT_NEGATIVE, help="reveal at random, the surer the sooner"),
-    "cfg_scale": dict(type=NOT_NEGATIVE, help="guidance by the prompt"),
-    "logits_eos_inf": dict(action="store_const", const=True, help="never write end-of-text"),
-    "confidence_eos_eot_inf": dict(action="store_const", const=True, help="end of text comes last"),
-}
 SAMPLING_DEFAULTS = {
     "tiny": dict(gen_length=20, steps=5),
     "llada": dict(gen_length=128, block_length=32),
@@ -209,10 +207,23 @@ SAMPLING_DEFAULTS = {
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group(f"sampling (default: {default})")
-    for name, option in SAMPLING_OPTIONS.items():
-        group.add_argument("--" + name.replace("_", "-"), **option)
-    parser.add_argument("--seed", type=SEED, default=0)
+    """An option for each field of Sampling; None where it was not given."""
+    add = parser.add_argument_group(f"sampling (default: {default})").add_argument
+    add("--gen-length", type=number(int, 1, 10 ** 5), help="tokens of the answer")
+    add("--steps", type=COUNT, help="passes that reveal tokens")
+    add("--block-length", type=COUNT, help="write the answer block by block")
+    add("--think", type=number(int, 0, 10 ** 5), help="passes before the first token is revealed")
+    add("--threshold", type=SHARE, help="reveal whatever is surer, in as many passes as it takes")
+    add("--remasking", choices=LLADA_REMASKING + DREAM_REMASKING, help="how tokens are chosen")
+    add("--temperature", type=NOT_NEGATIVE, help="0: the likeliest token")
+    add("--top-p", type=SHARE, help="for Dream's ways of remasking, as the next two")
+    add("--top-k", type=COUNT)
+    add("--alg-temp", type=NOT_NEGATIVE, help="reveal at random, the surer the sooner")
+    add("--cfg-scale", type=NOT_NEGATIVE, help="guidance by the prompt")
+    add("--logits-eos-inf", action="store_true", default=None, help="never write end-of-text")
+    add("--confidence-eos-eot-inf", action="store_true", default=None,
+        help="end of text comes last")
+    add("--seed", type=SEED, default=0, help="default: 0")
 
 
 def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
@@ -227,10 +238,10 @@ def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
 def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
     """The settings of a Sampling: defaults, and over them what was asked for on the command line.
     One pass for each token unless steps are given. Raises InputError if they do not go together."""
-    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS
-             if getattr(args, name) is not None}
+    names = [field.name for field in fields(Sampling)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = defaults | given
-    settings.setdefault("steps", max(1, settings["gen_length"]))
+    settings.setdefault("steps", settings["gen_length"])
     if "block_length" in defaults and "block_length" not in given:
         settings["block_length"] = fitting_block(settings["gen_length"], settings["steps"],
                                                  at_most=defaults["block_length"])
@@ -250,55 +261,72 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return ["" if i in tokenizer.hidden else decoder.decode(tokenizer.token_bytes(i)) for i in ids]
 
 
-class Recorder:
-    """Keeps what happens to the first sample, pass by pass, and shows it when asked to."""
+def is_right(text: str, answer: str | None) -> bool | None:
+    """Whether the last number of a text is the answer; None where no answer is known."""
+    if answer is None:
+        return None
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")
 
-    def __init__(self, models: Models, n_prompt: int, with_memory: bool, show: bool):
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(x, 3) for x in values.tolist()]
+
+
+class Recorder:
+    """Keeps what happens to the first sample, pass by pass, as the page wants it."""
+
+    def __init__(self, models: Models, memory: MetaState | None, n_prompt: int,
+                 answer: str | None, show: bool):
         self.tokenizer = models.tokenizer
         self.mask_id = models.backbone.config.mask_id
+        self.slots = memory.initial(1)[0] if memory else None          # (M, d)
         self.n_prompt = n_prompt
+        self.answer = answer
         self.show = show
-        self.slots = models.memory.initial(1)[0] if with_memory else None      # (M, d)
         self.passes: list[dict] = []
 
     def on_step(self, canvas: Tensor, found: Pass) -> None:
-        answer = slice(self.n_prompt, None)
-        guess = torch.where(found.eligible, found.guess, canvas)[0, answer].tolist()
-        confidence = found.confidence[0, answer]
+        if not found.eligible[0].any():
+            return                     # it is done, and waits for other samples
+        part = slice(self.n_prompt, None)
+        texts = token_texts(self.tokenizer, found.guess[0, part].tolist())
+        confidence = found.confidence[0, part]                         # of the answer's tokens
         # Dream's entropy is negative; its exponential lies between 0 and 1 as a probability does
         strength = torch.where(confidence < 0, confidence.exp(), confidence)
-        change = []
-        if self.slots is not None:
-            new_slots = found.slots[0]                                 # (M, d)
-            change = (new_slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)
-            change = [round(x, 3) for x in change.tolist()]
-            self.slots = new_slots
         self.passes.append({
-            "texts": token_texts(self.tokenizer, guess),
-            "masked": (canvas[0, answer] == self.mask_id).tolist(),
-            "revealed": found.revealed[0, answer].tolist(),
-            "strength": [round(x, 3) for x in strength.tolist()],
-            "change": change,
+            "texts": texts,
+            "masked": (canvas[0, part] == self.mask_id).tolist(),
+            "revealed": found.revealed[0, part].tolist(),
+            "strength": rounded(strength),
+            "change": [] if self.slots is None else self.change(found.slots[0]),
+            "right": is_right("".join(texts), self.answer),            # if it ended here
         })
         if self.show:
-            self.print_pass(self.passes[-1])
+            print_pass(len(self.passes), self.passes[-1])
 
-    def print_pass(self, found: dict) -> None:
-        if len(self.passes) == 1:
-            print("pass |how much each slot of the memory changes| the answer; in brackets: not "
-                  "written, only thought")
-        bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in found["change"])
-        if any(found["revealed"]):
-            texts = [MASKED if masked else text
-                     for text, masked in zip(found["texts"], found["masked"])]
-            answer = "".join(texts)
-        else:
-            answer = "(" + "".join(found["texts"]).strip() + ")"
-        begin = f"{len(self.passes):4d} |{bars}| "
-        width = max(40, shutil.get_terminal_size().columns - 1)
-        lines = textwrap.wrap(answer.replace("\n", " / "), width, initial_indent=begin,
-                              subsequent_indent=" " * len(begin), drop_whitespace=False)
-        print("\n".join(lines or [begin]))
+    def change(self, slots: Tensor) -> list[float]:
+        """By how much each slot (M, d) has changed since the last call, against its length."""
+        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)
+        self.slots = slots
+        return rounded(change)
+
+
+def print_pass(number: int, found: dict) -> None:
+    if number == 1:
+        print("pass |how much each slot of the memory changes| the answer;\n"
+              "in brackets: not written, only thought")
+    if any(found["revealed"]):
+        texts = [MASKED if masked else text
+                 for text, masked in zip(found["texts"], found["masked"])]
+        answer = "".join(texts)
+    else:
+        answer = "(" + "".join(found["texts"]).strip() + ")"
+    bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in found["change"])
+    begin = f"{number:4d} |{bars}| "
+    width = max(40, shutil.get_terminal_size().columns - 1)
+    print(textwrap.fill(answer.replace("\n", " / "), width, initial_indent=begin,
+                        subsequent_indent=" " * len(begin), drop_whitespace=False) or begin)
 
 
 def write_page(path: Path, content: dict) -> None:
@@ -325,14 +353,6 @@ EXAMPLES = {
 }
 
 
-def is_right(text: str, answer: str | None) -> bool | None:
-    """Whether the last number of a text is the answer; None where no answer is known."""
-    if answer is None:
-        return None
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_options(parser)
@@ -347,67 +367,63 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def canvas_ids(tokenizer: Tokenizer, prompt: str, infill: str | None, mask_id: int
-               ) -> tuple[list[int], int]:
-    """Ids of the prompt and, with infill, of an answer whose blanks are masks; and how many of them
-    belong to the prompt."""
-    ids = tokenizer.chat([{"role": "user", "content": prompt}])
-    n_prompt = len(ids)
-    for part in re.split("(_)", infill or ""):
+def infill_ids(tokenizer: Tokenizer, text: str, mask_id: int) -> list[int]:
+    """Ids of an answer with a mask for each _."""
+    ids = []
+    for part in re.split("(_)", text):
         ids += [mask_id] if part == "_" else tokenizer.encode(part, special=False)
-    return ids, n_prompt
+    return ids
 
 
 def main() -> None:
     # 1. everything that can be wrong without a model
     args = arguments()
     choice = choose_models(args)
-    example = EXAMPLES[choice.kind]
-    prompt = example.prompt if args.prompt is None else args.prompt
-    answer = example.answer if args.prompt is None else args.answer
-    defaults = dict(SAMPLING_DEFAULTS[choice.kind])
+    asked = EXAMPLES[choice.kind] if args.prompt is None else Example(args.prompt, answer=None)
+    answer = asked.answer if args.answer is None else args.answer
+    defaults = SAMPLING_DEFAULTS[choice.kind]
     if args.infill is not None:
         n_blanks = args.infill.count("_")
         ensure(n_blanks, "--infill has no blank; write one _ for each token to fill in")
-        defaults = dict(gen_length=0, steps=n_blanks,
-                        remasking=defaults.get("remasking", "low_confidence"))
+        remasking = defaults.get("remasking", Sampling.remasking)
+        defaults = dict(gen_length=0, steps=n_blanks, remasking=remasking)
     settings = sampling_settings(args, defaults)
     if args.html:
         check_output(args.html)
 
-    # 2. the answers
+    # 2. the answers: for the page also those without the memory
     device, _ = start_device(args.device)
     models = open_models(choice, args, device)
-    ids, n_prompt = canvas_ids(models.tokenizer, prompt, args.infill,
-                               models.backbone.config.mask_id)
-    prompt_ids = torch.tensor([ids] * args.num_samples, device=device)
+    ids = models.tokenizer.chat([{"role": "user", "content": asked.prompt}])
+    n_prompt = len(ids)
+    if args.infill is not None:
+        ids += infill_ids(models.tokenizer, args.infill, models.backbone.config.mask_id)
+    prompt_ids = torch.tensor([ids] * args.num_samples, device=device)         # (B, P)
     seeds = range(args.seed, args.seed + args.num_samples)
-    print(prompt)
-    runs = [("with memory", models.memory)] if models.memory else []
-    if args.html or not models.memory:
-        runs.append(("without memory", None))
-    page = []
-    for name, memory in runs:
-        is_first = name == runs[0][0]
-        recorder = Recorder(models, n_prompt, with_memory=memory is not None,
-                            show=args.show_steps and is_first)
-        out = generate(models.backbone, prompt_ids, memory=memory, seeds=seeds,
-                       on_step=recorder.on_step, **settings)
-        texts = [models.tokenizer.decode(row[n_prompt:], skip_special=True) for row in out.tolist()]
-        for found in recorder.passes:                  # would its guesses, as they are, be right?
-            found["right"] = is_right("".join(found["texts"]), answer)
-        page.append({"name": name, "right": is_right(texts[0], answer), "passes": recorder.passes})
+    memories = [models.memory]
+    if args.html and models.memory:
+        memories.append(None)
+    print(asked.prompt)
+    runs = []
+    for memory in memories:
+        is_first = not runs
+        recorder = Recorder(models, memory, n_prompt, answer, show=args.show_steps and is_first)
+        canvas = generate(models.backbone, prompt_ids, memory=memory, seeds=seeds,
+                          on_step=recorder.on_step, **settings)
         if is_first:
-            print("\n".join(texts))
+            for row in canvas[:, n_prompt:].tolist():
+                print(models.tokenizer.decode(row, skip_special=True))
+        runs.append({"name": "with memory" if memory else "without memory",
+                     "right": recorder.passes[-1]["right"], "passes": recorder.passes})
 
     # 3. the page
     if args.html:
         memory_name = choice.memory and f"{choice.memory.parent.name}/{choice.memory.name}"
-        shown = {"memory": memory_name, "seed": args.seed, "remasking": Sampling.remasking}
-        about = [f"{key} {value}" for key, value in (shown | settings).items()]
-        about = ", ".join([choice.name, *about])
-        write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,
-                               "think": settings.get("think", 0), "runs": page})
+        about = {"memory": memory_name, "seed": args.seed, "remasking": Sampling.remasking,
+                 **settings}
+        about = ", ".join([choice.name, *(f"{key} {value}" for key, value in about.items())])
+        write_page(args.html, {"prompt": asked.prompt, "answer": answer, "about": about,
+                               "think": settings.get("think", 0), "runs": runs})
         print(f"{args.html}: open it in a browser", file=sys.stderr)
 
 
