@@ -351,7 +351,8 @@ def any_process(run: Run, flag: bool) -> bool:
     return total.item() > 0
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_with: dict) -> int:
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_with: dict,
+           iters: int) -> int:
     """Take up a checkpoint; the number of steps that it has behind it. Raises InputError where the
     run was begun with other settings."""
     state = load_checkpoint(path)
@@ -368,7 +369,9 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_
         for p, moments in optimizer.state.items():     # torch itself does not compare them
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("its optimiser is that of another model")
-        return int(state["step"])
+        if state["step"] not in range(iters + 1):
+            raise ValueError("its step is none of this run")
+    return state["step"]
 
 
 def start_log(log: Path, n_lines: int) -> None:
@@ -380,16 +383,14 @@ def start_log(log: Path, n_lines: int) -> None:
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
         lr: float, backbone: dict | None = None) -> None:
-    """Train model in place for iters steps, its checkpoints in path, a log beside it. loss(model,
-    batch) gives the mean over the rows of a batch, and its parts to be logged. backbone: what tells
-    the one that a memory belongs to."""
+    """Train model in place for iters steps, its checkpoint in path, a log beside it. loss(model,
+    batch): mean over the rows of a batch, and its parts. backbone: that of a memory."""
     is_first_process = run.processes.rank == 0
     settings = {key: str(value) for key, value in vars(run.args).items()}
     made_with = {"settings": settings, "backbone": backbone}
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
-    start = 0
-    if run.args.resume and path.exists():
-        start = resume(path, model, optimizer, made_with)
+    to_resume = run.args.resume and path.exists()
+    start = resume(path, model, optimizer, made_with, iters) if to_resume else 0
     log = path.with_suffix(".log.jsonl")
     if is_first_process:
         check_output(path)
@@ -403,9 +404,8 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
             value, *parts = global_gradient(run, model, loss, batches, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
             ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
-                   f"{value} with a gradient of norm {norm}; go on from the last checkpoint, "
-                   f"{path}, by --resume and a lower --lr (backbone: --backbone-lr), or clean the "
-                   "data")
+                   f"{value} with a gradient of norm {norm}; go on from {path} by --resume and a "
+                   "lower --lr (or --backbone-lr), or clean the data")
 
             # 2. a step of the optimiser
             optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr)
