@@ -20,7 +20,8 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -35,24 +36,18 @@ from diffusion import diffusion_loss, unroll
 from eval_gsm8k import (PROTOCOLS, WORDS, Bench, contestants, dial_problems, gsm8k_file, read_jsonl,
                         schedule_table, thinking_table)
 from metastate import MetaState, load_checkpoint, preset, save_checkpoint
-from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, ensure, fetch_json,
-                   load_backbone, load_tokenizer, locked, read_config, save_backbone,
+from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, check_output, ensure,
+                   fetch_json, load_backbone, load_tokenizer, locked, read_config, save_backbone,
                    tiny_tokenizer, write_atomically)
 from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
-                    run_program, start_device)
+                    number, run_program, start_device)
 
-DEFAULTS = {                       # for the tiny backbone on a laptop, for an 8B one on one GPU
-    "tiny": dict(K=6, confident=1.0, think=20, iters=1500, batch=64, accumulate=1, lr=3e-3,
-                 max_length=64),
-    "8b": dict(K=4, confident=0.0, think=12, iters=3000, batch=16, accumulate=16, lr=3e-4,
-               max_length=1024),
-}
 THINK_SHARE = 0.5                  # of the batches begin with passes that reveal nothing
 VISIBLE_SHARE = 0.1                # of the maskable tokens teach the tiny backbone though visible
-WARMUP = 100
+WARMUP = 100                       # steps
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.99)
-CLIP = 1.0
+CLIP = 1.0                         # the largest norm of a gradient
 
 # ---------------------------------------------------------------------------------------- DATA
 
@@ -63,27 +58,28 @@ class Text(NamedTuple):
     answer: str
 
 
-def is_text(item: object, *keys: str) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys)
+def read_text(item: object) -> Text:
+    """An example in one of three forms; a chat up to its last assistant turn. Raises ValueError for
+    anything else."""
+    match item:
+        case {"question": str(question), "answer": str(answer)}:
+            return Text([{"role": "user", "content": question}], answer)
+        case {"prompt": str(prompt), "completion": str(completion)}:
+            return Text(prompt, completion)
+        case {"messages": [*turns]} if all(map(is_turn, turns)):
+            while turns and turns[-1]["role"] != "assistant":
+                turns.pop()
+            if len(turns) > 1:
+                return Text(turns[:-1], turns[-1]["content"])
+    raise ValueError("it has neither question/answer nor prompt/completion as text, nor messages, "
+                     "a list of {role, content} with an assistant turn after another")
 
 
-def read_text(item: dict) -> Text:
-    """{question, answer}, {messages: [{role, content}, ...]} up to its last assistant turn, or
-    {prompt, completion}. Raises ValueError with the reason."""
-    if "messages" in item:
-        turns = item["messages"]
-        if not isinstance(turns, list) or not all(is_text(m, "role", "content") for m in turns):
-            raise ValueError("messages is no list of {role, content}, both text")
-        while turns and turns[-1]["role"] != "assistant":
-            turns = turns[:-1]
-        if len(turns) < 2:
-            raise ValueError("messages has no assistant turn after another turn")
-        return Text(turns[:-1], turns[-1]["content"])
-    if is_text(item, "question", "answer"):
-        return Text([{"role": "user", "content": item["question"]}], item["answer"])
-    if is_text(item, "prompt", "completion"):
-        return Text(item["prompt"], item["completion"])
-    raise ValueError("it has none of question/answer, messages, prompt/completion as text")
+def is_turn(item: object) -> bool:
+    match item:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
 
 
 def read_texts(path: Path) -> list[Text]:
@@ -112,10 +108,10 @@ def tulu_file() -> Path:
 
 
 class Window(NamedTuple):
-    """What one call gives."""
+    """Consecutive rows, as one call gives them."""
     revision: str | None
     n_total: int                           # rows of the whole data set
-    conversations: list
+    rows: list
 
 
 def fetch_window(offset: int, length: int) -> Window:
@@ -123,46 +119,44 @@ def fetch_window(offset: int, length: int) -> Window:
     dataset = TULU.replace("/", "%2F")
     url = (f"{server}/rows?dataset={dataset}&config=default&split=train"
            f"&offset={offset}&length={length}")
-    found, headers = fetch_json(url)
+    answer, headers = fetch_json(url)
     with blame(url, "its answer has another form than expected; give a file by --data"):
-        rows = [row["row"] for row in found["rows"]]
-        return Window(headers.get("X-Revision"), int(found["num_rows_total"]), rows)
+        rows = [row["row"] for row in answer["rows"]]
+        return Window(headers.get("X-Revision"), int(answer["num_rows_total"]), rows)
 
 
-def is_conversation(item: object) -> bool:
-    if not isinstance(item, dict) or "messages" not in item:
-        return False
-    try:
-        read_text(item)
-    except ValueError:
-        return False
-    return True
+def conversation_lines(rows: list) -> list[bytes]:
+    """JSON lines of the rows that are conversations; a few are not."""
+    lines = []
+    for row in rows:
+        with suppress(ValueError, LookupError, TypeError):
+            conversation = {"messages": row["messages"]}
+            read_text(conversation)
+            lines.append(json.dumps(conversation).encode() + b"\n")
+    return lines
 
 
 def fetch_tulu(path: Path, n_wanted: int, seed: int = 0) -> None:
-    """Windows of consecutive rows at random offsets, since the rows may be sorted by source. Every
-    window is a file, so that an interrupted fetch goes on; at the end they are joined, and the
-    offsets and the revision are written beside them."""
+    """Windows of rows at random offsets, since the rows may be sorted by source. Every window is a
+    file until all of them are joined, so that an interrupted fetch goes on."""
     revision, n_total, _ = fetch_window(0, 1)
     order = np.random.default_rng(seed).permutation(n_total // WINDOW)
     windows = path.with_name("windows")
     lines, offsets = [], []
     bar = tqdm(total=n_wanted, desc=TULU, unit=" conversations", disable=None)
-    for window in order.tolist():
-        offset = window * WINDOW
+    for offset in (order * WINDOW).tolist():
         part = windows / str(revision) / f"{offset}.jsonl"     # rows of two revisions never mix
         if not part.exists():
             time.sleep(PAUSE)
-            found = fetch_window(offset, WINDOW)
-            ensure(found.revision == revision, f"{TULU} was changed while it was fetched; run "
+            window = fetch_window(offset, WINDOW)
+            ensure(window.revision == revision, f"{TULU} was changed while it was fetched; run "
                    "again, it begins anew")
             with write_atomically(part) as file:
-                for item in filter(is_conversation, found.conversations):
-                    file.write(json.dumps({"messages": item["messages"]}).encode() + b"\n")
-        kept = part.read_bytes().splitlines(keepends=True)
-        lines += kept
+                file.writelines(conversation_lines(window.rows))
+        found = part.read_bytes().splitlines(keepends=True)
+        lines += found
         offsets.append(offset)
-        bar.update(len(kept))
+        bar.update(len(found))
         if len(lines) >= n_wanted:
             break
     bar.close()
@@ -207,29 +201,33 @@ def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: i
     return fitting
 
 
+@dataclass(eq=False)
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
+    examples: list[TokenIds]
+    batch: int                         # rows of a step, over all processes and passes
+    seed: int
+    pad_id: int
+    answer_length: int                 # the shortest length that answers are padded to
+    K: int
+    alpha: float
+    confident: float
+    think: int
 
-    def __init__(self, examples: list[TokenIds], batch: int, *, seed: int, pad_id: int,
-                 answer_length: int, K: int, alpha: float, confident: float, think: int):
-        self.examples = examples
-        self.batch = batch
-        self.seed = seed
-        self.pad_id = pad_id
-        self.K, self.alpha, self.confident, self.think = K, alpha, confident, think
-        lengths = [len(e.prompt) + max(len(e.answer), answer_length) for e in examples]
-        self.lengths = np.array(lengths)
-        self.per_epoch = max(1, len(examples) // batch)
-        self.epoch = lru_cache(1)(self.shuffle)
+    def __post_init__(self) -> None:
+        self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.answer_length)
+                                 for e in self.examples])
+        self.per_epoch = max(1, len(self.examples) // self.batch)
 
-    def shuffle(self, epoch: int) -> np.ndarray:
+    @lru_cache(1)                      # the epoch at hand
+    def epoch(self, number: int) -> np.ndarray:
         """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
         they are sorted by length, which keeps padding small; the batches are shuffled again."""
-        rng = np.random.default_rng((self.seed, epoch))
+        rng = np.random.default_rng((self.seed, number))
         order = rng.permutation(len(self.examples))
         order = np.resize(order, self.per_epoch * self.batch)
         size = 64 * self.batch
-        windows = [order[i:i + size] for i in range(0, len(order), size)]
+        windows = np.split(order, range(size, len(order), size))
         by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
         return rng.permutation(np.concatenate(by_length).reshape(self.per_epoch, self.batch))
 
@@ -268,9 +266,9 @@ class Batches:
 
 # ---------------------------------------------------------------------------------------- LOOP
 
-# Options that a run's results do not hang on: they may change when it is resumed.
-NOT_SETTINGS = ("out", "resume", "save_every", "weights", "device", "compile", "accumulate",
-                "keep_activations", "split", "problems")
+# Options that may change when a run is resumed; its results hang on all others.
+MAY_CHANGE = ("lr", "backbone_lr", "out", "resume", "save_every", "weights", "device", "compile",
+              "accumulate", "keep_activations", "split", "problems")
 
 
 class Run(NamedTuple):
@@ -278,14 +276,9 @@ class Run(NamedTuple):
     args: argparse.Namespace
     out: Path
     examples: list[TokenIds]
-    answer_length: int                 # the tiny answers are padded to it; 0: by batch
+    answer_length: int                 # see Batches
     processes: Processes
     device: torch.device
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return {key: str(value) for key, value in vars(self.args).items()
-                if key not in NOT_SETTINGS}
 
     def batches(self, size: int, pad_id: int) -> Batches:
         args = self.args
@@ -315,19 +308,26 @@ def learning_rate(step: int, iters: int, peak: float) -> float:
     return peak * warmup * (0.1 + 0.9 * cosine)
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> int:
-    """Take up a checkpoint; the number of steps that it has behind it. Raises InputError where the
-    run was begun with other settings; only the learning rate may change."""
-    state = load_checkpoint(path)
-    for key, value in settings.items():
-        before = state["settings"].get(key)
-        ensure(key == "lr" or before == value, f"{path} was trained with {key} = {before}, not "
-               f"{value}; give that, or another --out")
-    with blame(path, "it belongs to another version of this program; give another --out"):
-        model.load_state_dict(state["model"])
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        return int(state["step"])
+def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
+                    ) -> list[float]:
+    """Leave the gradient of the mean over the global batch in the parameters, and return that mean
+    and its parts. A process takes its rows in some passes; then the processes add up."""
+    rank, world = run.processes
+    passes = run.args.accumulate
+    n_shares = world * passes
+    rows = batches.batch // n_shares
+    losses = 0
+    for i in range(passes):
+        first = (rank * passes + i) * rows
+        batch = batches(step, slice(first, first + rows), run.device)
+        value, parts = loss(model, batch)
+        (value / n_shares).backward()
+        losses = losses + torch.cat((value.detach()[None], parts)) / n_shares
+    if world > 1:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        for tensor in [losses, *gradients]:
+            dist.all_reduce(tensor)
+    return losses.tolist()
 
 
 @contextmanager
@@ -343,32 +343,35 @@ def stop_signals() -> Iterator[list]:
             signal.signal(number, handler)
 
 
-def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
-                    ) -> list[float]:
-    """Leave the gradient of the mean over the global batch in the parameters, and return that mean
-    and its parts. A process takes its rows in some passes; then the processes add up."""
-    rank, world = run.processes
-    passes = run.args.accumulate
-    rows = batches.batch // (world * passes)                   # of one pass in one process
-    losses = 0
-    for i in range(passes):
-        first = (rank * passes + i) * rows
-        value, parts = loss(model, batches(step, slice(first, first + rows), run.device))
-        (value / (passes * world)).backward()
-        losses = losses + torch.cat((value.detach()[None], parts)) / (passes * world)
-    if world > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        for tensor in [losses, *gradients]:
-            dist.all_reduce(tensor)
-    return losses.tolist()
-
-
 def any_process(run: Run, flag: bool) -> bool:
     """Whether the flag is up in any process, so that all of them do the same."""
     total = torch.tensor(float(flag), device=run.device)
     if run.processes.world > 1:
         dist.all_reduce(total)
     return total.item() > 0
+
+
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_with: dict,
+           iters: int) -> int:
+    """Take up a checkpoint; the number of steps that it has behind it. Raises InputError where the
+    run was begun with other settings."""
+    state = load_checkpoint(path)
+    with blame(path, "it was changed or belongs to another program; give another --out"):
+        for key, value in made_with["settings"].items():
+            before = state["settings"].get(key)
+            ensure(before == value or key in MAY_CHANGE, f"{path} was trained with {key} = "
+                   f"{before}, not {value}; give that, or another --out")
+        ensure(state["backbone"] == made_with["backbone"], f"{path} was trained on another "
+               "backbone; give that, or another --out")
+        model.load_state_dict(state["model"])
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        for p, moments in optimizer.state.items():     # torch itself does not compare them
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("its optimiser is that of another model")
+        if state["step"] not in range(iters + 1):
+            raise ValueError("its step is none of this run")
+    return state["step"]
 
 
 def start_log(log: Path, n_lines: int) -> None:
@@ -380,118 +383,143 @@ def start_log(log: Path, n_lines: int) -> None:
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
         lr: float, backbone: dict | None = None) -> None:
-    """Train model in place for iters steps, its checkpoints in path, a log beside it. loss(model,
-    batch) gives the mean over the rows of a batch, and its parts to be logged. backbone: what tells
-    the one that a memory belongs to."""
-    args, settings = run.args, run.settings
+    """Train model in place for iters steps, its checkpoint in path, a log beside it. loss(model,
+    batch): mean over the rows of a batch, and its parts. backbone: that of a memory."""
     is_first_process = run.processes.rank == 0
+    settings = {key: str(value) for key, value in vars(run.args).items()}
+    made_with = {"settings": settings, "backbone": backbone}
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
-    start = resume(path, model, optimizer, settings) if args.resume and path.exists() else 0
+    to_resume = run.args.resume and path.exists()
+    start = resume(path, model, optimizer, made_with, iters) if to_resume else 0
     log = path.with_suffix(".log.jsonl")
     if is_first_process:
+        check_output(path)
         start_log(log, start)
     bar = tqdm(range(start, iters), path.stem, iters, initial=start,
                disable=None if is_first_process else True)     # None: on a terminal only
+
     with stop_signals() as received:
         for step in bar:
             # 1. the gradient; a number that is none is neither stepped nor saved
             value, *parts = global_gradient(run, model, loss, batches, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
             ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
-                   f"{value} with a gradient of norm {norm}; go on from the last checkpoint, "
-                   f"{path}, by --resume and a lower --lr, or clean the data")
+                   f"{value} with a gradient of norm {norm}; go on from {path} by --resume and a "
+                   "lower --lr (or --backbone-lr), or clean the data")
 
-            # 2. one step of the optimiser
+            # 2. a step of the optimiser
             optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr)
             optimizer.step()
             optimizer.zero_grad()
 
-            # 3. log and save; a finished run needs no optimiser any more
-            done = step + 1
-            stopped = any_process(run, bool(received))
-            due = done % args.save_every == 0 or done == iters or stopped
+            # 3. a line of the log
+            shown = f"loss {parts[0]:.3f} .. {parts[-1]:.3f}"
+            bar.set_postfix_str(shown, refresh=False)
             if is_first_process:
-                shown = f"loss {parts[0]:.3f} .. {parts[-1]:.3f}"
                 line = {"step": step, "loss": value, "by_step": parts, "norm": norm}
                 with blame(log, "make room"), open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                bar.set_postfix_str(shown, refresh=False)
-                if due:
-                    state = {} if done == iters else {"optimizer": optimizer.state_dict()}
-                    save_checkpoint(path, model, model.config, step=done, settings=settings,
-                                    backbone=backbone, **state)
-                    if bar.disable:
-                        print(f"{path.stem} {done}/{iters} {shown}", flush=True)
+
+            # 4. a checkpoint; a finished run needs no optimiser any more
+            done = step + 1
+            stopped = any_process(run, bool(received))
+            due = done % run.args.save_every == 0 or done == iters or stopped
+            if due and is_first_process:
+                more = {} if done == iters else {"optimizer": optimizer.state_dict()}
+                save_checkpoint(path, model, model.config, step=done, **made_with, **more)
+                if bar.disable:
+                    print(f"{path.stem} {done}/{iters} {shown}", flush=True)
             if stopped:
-                bar.close()
-                if is_first_process:
-                    print(f"stopped after step {done}; {path} is saved, go on with --resume")
-                sys.exit(130)
+                raise KeyboardInterrupt        # run_program says how to go on
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
 
+class Default(NamedTuple):
+    """Of an option: for the tiny backbone on a laptop, and for one of 8B on a GPU."""
+    tiny: float
+    large: float
+
+    def __str__(self) -> str:
+        return f"{self.tiny} for tiny, else {self.large}"
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("run").add_argument
-    add("--init", metavar="MODEL", default="tiny", help=f"{', '.join(PRESETS)}, or a checkpoint "
-        "folder")
-    add("--weights", type=Path, metavar="FOLDER", help="the weights of --init, else found or "
-        "downloaded")
-    add("--out", type=Path, help="folder of checkpoints and logs (default: out/MODEL)")
+    add("--init", default="tiny", help=f"{', '.join(PRESETS)}, or a checkpoint folder")
+    add("--weights", type=Path, help="folder with the weights of --init, else found or downloaded")
+    add("--out", type=Path, help="folder of checkpoints and logs (default: out/INIT)")
     add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=COUNT, default=100, help="steps between checkpoints")
+    add("--save-every", type=COUNT, default=100, help="steps between checkpoints (%(default)s)")
     add("--seed", type=SEED, default=0)
     add_device_options(parser)
+
     add = parser.add_argument_group("data").add_argument
     add("--data", help="tulu3, gsm8k, or a file of JSON lines with question/answer, messages or "
         "prompt/completion (default: the built-in problems for tiny, else tulu3)")
-    add("--max-length", type=COUNT, help="tokens; longer examples are dropped")
+    add("--max-length", type=COUNT, default=Default(64, 1024),
+        help="longer examples, in tokens, are dropped (%(default)s)")
+
     add = parser.add_argument_group("unrolling").add_argument
-    add("--K", type=COUNT, help="denoising steps of a trajectory")
-    add("--lam", type=SHARE, default=0.5, help="weight of the dense loss, against the reveal loss")
-    add("--alpha", type=POSITIVE, default=1.0, help="Dirichlet concentration of reveal counts")
-    add("--confident", type=SHARE, metavar="SHARE", help="of the rows that reveal where the model "
-        "is surest and not at random")
-    add("--think", type=COUNT_OR_ZERO, metavar="PASSES", help="half of the batches begin with up "
-        "to so many passes that reveal nothing and have no gradient")
-    add("--carry", default="keep", choices=("keep", "reset"), help="the memory between steps; "
-        "reset is the memoryless control")
+    add("--K", type=number(int, 1, 1000), default=Default(6, 4),
+        help="denoising steps of a trajectory (%(default)s)")
+    add("--lam", type=SHARE, default=0.5,
+        help="weight of the loss on every masked token; the rest is on those revealed next "
+        "(%(default)s)")
+    add("--alpha", type=POSITIVE, default=1.0,
+        help="Dirichlet concentration: the larger, the more alike the steps (%(default)s)")
+    add("--confident", type=SHARE, default=Default(1.0, 0.0),
+        help="share of the rows that reveal where the model is surest, not at random (%(default)s)")
+    add("--think", type=number(int, 0, 10 ** 5), default=Default(20, 12),
+        help="half of the batches begin with up to so many passes that reveal nothing and have no "
+        "gradient (%(default)s)")
+    add("--carry", default="keep", choices=("keep", "reset"),
+        help="the memory between steps; reset is the memoryless control (%(default)s)")
     add("--keep-activations", action="store_true", help="faster than to recompute them, but larger")
+
     add = parser.add_argument_group("optimiser").add_argument
-    add("--iters", type=COUNT)
-    add("--batch", type=COUNT, help="rows of a step, over all processes and passes")
-    add("--accumulate", type=COUNT, help="passes in which a process takes its rows")
-    add("--lr", type=POSITIVE)
+    add("--iters", type=COUNT, default=Default(1500, 3000), help="steps (%(default)s)")
+    add("--batch", type=COUNT, default=Default(64, 16),
+        help="rows of a step, over all processes and passes (%(default)s)")
+    add("--accumulate", type=COUNT, default=Default(1, 16),
+        help="passes in which a process takes its rows of a step (%(default)s)")
+    add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
+
     add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=3000)
-    add("--backbone-batch", type=COUNT, default=128)
-    add("--backbone-lr", type=POSITIVE, default=3e-3)
-    add("--split", default="test", choices=("valid", "test"), help="where the problems are from")
-    add("--problems", type=COUNT_OR_ZERO, default=1000, help="in the tables (0: no tables)")
-    for size, values in DEFAULTS.items():
-        shown = ", ".join(f"{key} {value}" for key, value in values.items())
-        parser.epilog = f"{parser.epilog or ''} Defaults for {size}: {shown}."
+    add("--backbone-iters", type=COUNT, default=3000, help="(%(default)s)")
+    add("--backbone-batch", type=COUNT, default=128, help="(%(default)s)")
+    add("--backbone-lr", type=POSITIVE, default=3e-3, help="(%(default)s)")
+    add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")
+    add("--problems", type=COUNT_OR_ZERO, default=1000, help="0: no tables (%(default)s)")
+
     args = parser.parse_args()
-    for key, value in DEFAULTS["tiny" if args.init == "tiny" else "8b"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    for name, value in vars(args).items():
+        if isinstance(value, Default):
+            setattr(args, name, value.tiny if args.init == "tiny" else value.large)
     return args
 
 
 def check_options(args: argparse.Namespace, out: Path) -> None:
     """What can be wrong before anything is fetched or loaded."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for name in ("batch", "backbone_batch"):
-        size = getattr(args, name)
-        ensure(size % (world * args.accumulate) == 0, f"--{name.replace('_', '-')} {size} is no "
-               f"multiple of {world} processes times --accumulate {args.accumulate}; make it one")
-    if args.init not in PRESETS or args.weights:
-        read_config(args.weights or Path(args.init))
-    held = [*out.glob("*.pt"), *out.glob("backbone")]
-    ensure(args.resume or not held, f"{out} holds a run; go on with it by --resume, or give "
+    sizes = {"--batch": args.batch}
+    weights = args.weights
+    if args.init == "tiny":
+        sizes["--backbone-batch"] = args.backbone_batch
+        ensure(not weights, "--init tiny trains a backbone of its own; leave --weights away, or "
+               "give the folder by --init")
+    elif weights or args.init not in PRESETS:
+        kind = read_config(weights or Path(args.init)).kind
+        ensure(args.init not in PRESETS or kind == PRESETS[args.init].config.kind, f"{weights} "
+               f"holds a {kind} model; give a folder of --init {args.init}, or another --init")
+    n_shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    for option, size in sizes.items():
+        ensure(size % n_shares == 0, f"{option} {size} is no multiple of {n_shares}, processes "
+               "times --accumulate; make it one")
+    has_run = (out / "backbone").exists() or any(out.glob("*.pt"))
+    ensure(args.resume or not has_run, f"{out} holds a run; go on with it by --resume, or give "
            "another --out")
-    ensure(held or not args.resume, f"{out} holds nothing to go on with; leave --resume away")
+    ensure(has_run or not args.resume, f"{out} holds nothing to go on with; leave --resume away")
 
 
 def find_texts(args: argparse.Namespace) -> list[Text]:
@@ -501,19 +529,6 @@ def find_texts(args: argparse.Namespace) -> list[Text]:
     if args.data in (None, "tulu3"):
         return read_texts(tulu_file())
     return read_texts(gsm8k_file("train.jsonl") if args.data == "gsm8k" else Path(args.data))
-
-
-def main() -> None:
-    args = arguments()
-    tiny = args.init == "tiny"
-    out = args.out or Path("out") / Path(args.init).name
-    check_options(args, out)
-    is_first_process = int(os.environ.get("RANK", 0)) == 0
-    alone = locked(out / "lock", wait=False, message=f"another run is at work in {out}; wait for "
-                   "it, or give another --out")
-    with alone if is_first_process else nullcontext():
-        texts = find_texts(args)
-        train(args, out, tiny, texts)
 
 
 def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
@@ -539,46 +554,6 @@ def new_memory(run: Run, backbone: Backbone) -> MetaState:
     return MetaState(preset(backbone)).to(run.device)
 
 
-def train(args: argparse.Namespace, out: Path, tiny: bool, texts: list[Text]) -> None:
-    device, processes = start_device(args.device)
-
-    # 1. the frozen backbone: off the shelf, or for tiny one of our own
-    torch.manual_seed(args.seed)
-    if tiny:
-        tokenizer = tiny_tokenizer(WORDS)
-        backbone = Backbone(TINY).to(device)
-    else:
-        tokenizer = load_tokenizer(args.weights or args.init)
-        backbone = load_backbone(args.weights or args.init, device=device)
-    examples = tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
-    answer_length = PROTOCOLS["dial"].settings["gen_length"] if tiny else 0
-    run = Run(args, out, examples, answer_length, processes, device)
-    if tiny:
-        train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False).eval()
-    backbone.recompute = not tiny and not args.keep_activations
-    if args.compile:
-        backbone.compile_layers()
-
-    # 2. the memory; for tiny also the same modules without persistence, as a control
-    memory = new_memory(run, backbone)
-    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
-    if tiny:
-        memoryless = new_memory(run, backbone)
-        train_memory(run, backbone, memoryless, out / "memoryless.pt", "reset")
-
-    # 3. the tables
-    if processes.rank > 0:
-        return
-    if tiny and args.problems:
-        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), answer_length)
-        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), answer_length)
-        tables(bench, valid, memory, memoryless, out)
-    print(f"all is in {out}; now try\n"
-          f"  python sample.py --init {out} --think 4 --steps 1 --show-steps\n"
-          f"  python eval_gsm8k.py --init {out}")
-
-
 def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState, out: Path) -> None:
     """Print the two tables, and save them with the result of every problem."""
     everyone = contestants(memory, memoryless)
@@ -588,6 +563,73 @@ def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState,
         file.write((thinking_text + "\n" + schedule_text).encode())
     with write_atomically(out / "tables.json") as file:
         file.write(json.dumps({"thinking": thinking, "schedules": schedules}).encode())
+
+
+def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
+               ) -> None:
+    tokenizer = tiny_tokenizer(WORDS)
+    examples = tokenise(find_texts(args), tokenizer, TINY.eos_id, args.max_length)
+    gen_length = PROTOCOLS["dial"].settings["gen_length"]
+    run = Run(args, out, examples, gen_length, processes, device)
+
+    # 1. a backbone of our own, then frozen
+    torch.manual_seed(args.seed)
+    backbone = Backbone(TINY).to(device)
+    train_backbone(run, backbone, WORDS)
+    backbone.requires_grad_(False).eval()
+    if args.compile:
+        backbone.compile_layers()
+
+    # 2. its memory, and as a control the same modules without persistence
+    memory = new_memory(run, backbone)
+    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
+    memoryless = new_memory(run, backbone)
+    train_memory(run, backbone, memoryless, out / "memoryless.pt", "reset")
+
+    # 3. the tables
+    if processes.rank == 0 and args.problems:
+        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), gen_length)
+        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), gen_length)
+        tables(bench, valid, memory, memoryless, out)
+    print_next(run, "--think 4 --steps 1 --show-steps", "--think 4 --steps 1")
+
+
+def train_large(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
+                ) -> None:
+    texts = find_texts(args)
+    weights = args.weights or args.init
+    tokenizer = load_tokenizer(weights)
+    backbone = load_backbone(weights, device=device)
+    backbone.recompute = not args.keep_activations
+    if args.compile:
+        backbone.compile_layers()
+    examples = tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
+    run = Run(args, out, examples, 0, processes, device)
+    memory = new_memory(run, backbone)
+    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
+    print_next(run, "--show-steps", "--limit 100")
+
+
+def print_next(run: Run, sampling: str, scoring: str) -> None:
+    model = f"--init {run.out}"
+    if run.args.weights:
+        model += f" --weights {run.args.weights}"
+    if run.processes.rank == 0:
+        print(f"all is in {run.out}; now try\n"
+              f"  python sample.py {model} {sampling}\n"
+              f"  python eval_gsm8k.py {model} {scoring}")
+
+
+def main() -> None:
+    args = arguments()
+    out = args.out or Path("out") / Path(args.init).resolve().name
+    check_options(args, out)
+    device, processes = start_device(args.device)
+    alone = locked(out / "lock", wait=False, message=f"another run is at work in {out}; wait for "
+                   "it, or give another --out")
+    train = train_tiny if args.init == "tiny" else train_large
+    with alone if processes.rank == 0 else nullcontext():
+        train(args, out, device, processes)
 
 
 if __name__ == "__main__":
