@@ -302,10 +302,10 @@ def memory_loss(backbone: Backbone, lam: float, carry: str) -> Callable:
 
 
 def learning_rate(step: int, iters: int, peak: float) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    """Linear warm-up, and a cosine down to zero."""
     warmup = min(1, (step + 1) / WARMUP)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / iters))
-    return peak * warmup * (0.1 + 0.9 * cosine)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / iters))
+    return peak * warmup * cosine
 
 
 def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
@@ -359,8 +359,8 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_
     with blame(path, "it was changed or belongs to another program; give another --out"):
         for key, value in made_with["settings"].items():
             before = state["settings"].get(key)
-            ensure(before == value or key in MAY_CHANGE, f"{path} was trained with {key} = "
-                   f"{before}, not {value}; give that, or another --out")
+            ensure(before == value, f"{path} was trained with {key} = {before}, not {value}; give "
+                   "that, or another --out")
         ensure(state["backbone"] == made_with["backbone"], f"{path} was trained on another "
                "backbone; give that, or another --out")
         model.load_state_dict(state["model"])
@@ -386,7 +386,8 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
     """Train model in place for iters steps, its checkpoint in path, a log beside it. loss(model,
     batch): mean over the rows of a batch, and its parts. backbone: that of a memory."""
     is_first_process = run.processes.rank == 0
-    settings = {key: str(value) for key, value in vars(run.args).items()}
+    settings = {key: str(value) for key, value in vars(run.args).items()
+                if key not in MAY_CHANGE}
     made_with = {"settings": settings, "backbone": backbone}
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
     to_resume = run.args.resume and path.exists()
@@ -471,7 +472,7 @@ def arguments() -> argparse.Namespace:
         help="Dirichlet concentration: the larger, the more alike the steps (%(default)s)")
     add("--confident", type=SHARE, default=Default(1.0, 0.0),
         help="share of the rows that reveal where the model is surest, not at random (%(default)s)")
-    add("--think", type=number(int, 0, 10 ** 5), default=Default(20, 12),
+    add("--think", type=number(int, 0, 10 ** 5), default=Default(16, 12),
         help="half of the batches begin with up to so many passes that reveal nothing and have no "
         "gradient (%(default)s)")
     add("--carry", default="keep", choices=("keep", "reset"),
@@ -479,7 +480,7 @@ def arguments() -> argparse.Namespace:
     add("--keep-activations", action="store_true", help="faster than to recompute them, but larger")
 
     add = parser.add_argument_group("optimiser").add_argument
-    add("--iters", type=COUNT, default=Default(1500, 3000), help="steps (%(default)s)")
+    add("--iters", type=COUNT, default=Default(1400, 3000), help="steps (%(default)s)")
     add("--batch", type=COUNT, default=Default(64, 16),
         help="rows of a step, over all processes and passes (%(default)s)")
     add("--accumulate", type=COUNT, default=Default(1, 16),
@@ -487,7 +488,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
 
     add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=3000, help="(%(default)s)")
+    add("--backbone-iters", type=COUNT, default=2000, help="(%(default)s)")
     add("--backbone-batch", type=COUNT, default=128, help="(%(default)s)")
     add("--backbone-lr", type=POSITIVE, default=3e-3, help="(%(default)s)")
     add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")

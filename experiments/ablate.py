@@ -28,7 +28,7 @@ from metastate import MetaState, load_checkpoint, preset  # noqa: E402
 from model import load_backbone, tiny_tokenizer  # noqa: E402
 from sample import Processes, run_program  # noqa: E402
 
-PASSES = (1, 3, 5, 10, 20, 50, 100)
+PASSES = (1, 3, 5, 10, 20)
 QUOTAS = (20, 10, 5, 4)
 
 

@@ -3,7 +3,8 @@
 After every pass over an answer of nothing but masks a linear probe (ridge regression on one-hot
 values, 4,000 training problems) reads the result of each press from all slots together. Printed is
 its accuracy on 1,000 validation problems, with the memory kept and, as a control, reset before
-every pass; chance is 10 %. Then the loss of every unrolled step on the validation problems.
+every pass; chance is 10 %. Then the loss of every unrolled step on the validation problems, and
+how many whole answers stay right over many more passes than the memory was trained for.
 """
 import argparse
 import sys
@@ -16,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
 from diffusion import CARRY, Pass, generate  # noqa: E402
-from eval_gsm8k import PRESSES, PROTOCOLS, dial_problems, prompt_ids  # noqa: E402
+from eval_gsm8k import (PRESSES, PROTOCOLS, Bench, Contestant, dial_problems,  # noqa: E402
+                        prompt_ids)
 from metastate import MetaState, load_checkpoint, load_memory  # noqa: E402
 from model import Backbone, Tokenizer, load_backbone, load_tokenizer  # noqa: E402
 from sample import run_program  # noqa: E402
 
 PASSES = 6
+MANY_PASSES = (5, 10, 20, 30, 50, 100, 256)
 
 
 def record(backbone: Backbone, memory: MetaState, tokenizer: Tokenizer, split: str, n: int,
@@ -79,6 +82,16 @@ def main() -> None:
     for carry in CARRY:
         _, dense = train.memory_loss(backbone, lam=0.5, carry=carry)(memory, batch)
         print(f"| {carry} | {' | '.join(f'{x:.3f}' for x in dense.tolist())} |")
+
+    bench = Bench(backbone, tokenizer, dial_problems("valid", 200),
+                  PROTOCOLS["dial"].settings["gen_length"])
+    rows = bench.score(Contestant(memory, "keep"), look_at=MANY_PASSES, think=max(MANY_PASSES) - 1,
+                       steps=1)
+    print(f"\n| passes without a word | {' | '.join(map(str, MANY_PASSES))} |")
+    print("|---" * (len(MANY_PASSES) + 1) + "|")
+    whole = [[row["whole"] for row in rows if row["passes"] == n] for n in MANY_PASSES]
+    cells = [f"{100 * sum(values) / len(values):.1f}" for values in whole]
+    print(f"| whole answers right (%) | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

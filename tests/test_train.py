@@ -276,10 +276,10 @@ def test_one_run_at_a_time_in_a_folder_and_the_lock_dies_with_it(tmp_path, data)
 # ------------------------------------------------------------------------------- the optimiser
 
 
-def test_learning_rate_warms_up_then_falls_to_a_tenth():
-    found = [train.learning_rate(step, 1000, 2.0) for step in (0, 49, 99, 499, 999)]
-    # 2 * warm-up * (0.1 + 0.9 * (1 + cos(pi * (step + 1) / 1000)) / 2)
-    assert found == pytest.approx([0.0199999556, 0.9944602, 1.9559508, 1.1, 0.2], rel=1e-6)
+def test_learning_rate_warms_up_then_falls_to_zero():
+    found = [train.learning_rate(step, 1000, 2.0) for step in (0, 49, 99, 500, 999)]
+    # 2 * warm-up * (1 + cos(pi * step / 1000)) / 2
+    assert found == pytest.approx([0.02, 0.9940875, 1.9520226, 1.0, 4.9348e-6], rel=1e-5)
 
 
 @dataclass
@@ -324,7 +324,7 @@ def test_a_step_is_clipped_adam_with_decay_and_schedule(tmp_path):
     for step, g in enumerate(map(np.array, GRADIENTS), 1):
         norms.append(math.hypot(*g))
         g = g / max(1, norms[-1])                      # the norm is clipped at 1
-        rate = 0.5 * step / 100 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 4)))
+        rate = 0.5 * step / 100 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
         m = 0.9 * m + 0.1 * g
         v = 0.99 * v + 0.01 * g ** 2
         w = w * (1 - rate * 0.01)                      # weight decay
