@@ -1,4 +1,4 @@
-"""The memory is a no-op until trained, of fixed size, and its gradient runs along the whole chain."""
+"""The memory is a no-op until trained, of fixed size; its gradient runs along the whole chain."""
 import math
 import os
 from dataclasses import replace
@@ -261,7 +261,7 @@ def test_gradients_run_along_the_memory_and_never_into_the_backbone(backbone, me
         memory.zero_grad()
 
 
-def test_what_step_one_read_changes_the_loss_of_step_four_through_the_memory_alone(backbone, memory):
+def test_what_step_one_read_changes_later_losses_through_the_memory_alone(backbone, memory):
     base = {carry: losses(backbone, memory, carry=carry)[1] for carry in ("keep", "reset")}
     for carry in base:
         calls = []

@@ -105,7 +105,7 @@ def test_twenty_kills_at_random_change_nothing(whole, tmp_path):
         resume = ["--resume"] if has_checkpoint(out) else []
         program = Program(*arguments(out, data, *LONGER, *resume), folder=tmp_path)
         if kill % 2:                       # at any moment: while it starts or reads, for example
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.15))
         else:                              # within a step, or while a checkpoint is written
             before = log_size(out)
             program.wait_until(lambda: log_size(out) > before)
