@@ -44,13 +44,14 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
         sys.exit("error: standard output or error is closed; lead it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")           # a terminal may know ASCII only
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)   # no second one cuts this short
         print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:

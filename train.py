@@ -19,7 +19,6 @@ import json
 import math
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -179,19 +178,16 @@ class TokenIds(NamedTuple):
 
 def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: int
              ) -> list[TokenIds]:
-    """On all cores (tiktoken leaves Python's lock); what is longer than max_length is dropped, with
-    a count. Raises InputError if nothing is left."""
-    def one(text: Text) -> TokenIds:
+    """What is longer than max_length is dropped, with a count. Raises InputError if nothing is
+    left. Without threads: a Ctrl-C within a pool can leave one of its locks taken for ever."""
+    examples = []
+    for text in tqdm(texts, desc="tokenise", leave=False, disable=None):
         if isinstance(text.prompt, str):
             prompt = tokenizer.encode(text.prompt, special=False)
         else:
             prompt = tokenizer.chat(text.prompt)
         answer = tokenizer.encode(text.answer, special=False) + [eos_id]
-        return TokenIds(np.array(prompt, np.int32), np.array(answer, np.int32))
-
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(one, texts)
-        examples = list(tqdm(found, desc="tokenise", total=len(texts), leave=False, disable=None))
+        examples.append(TokenIds(np.array(prompt, np.int32), np.array(answer, np.int32)))
     fitting = [e for e in examples if len(e.prompt) + len(e.answer) <= max_length]
     dropped = len(examples) - len(fitting)
     if dropped:
@@ -332,7 +328,8 @@ def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches
 
 @contextmanager
 def stop_signals() -> Iterator[list]:
-    """A list that is not empty after Ctrl-C or SIGTERM: a loop can end between two steps."""
+    """A list that is not empty after Ctrl-C or SIGTERM: a loop can end between two steps. One that
+    comes after the loop's last look at it is a KeyboardInterrupt at the end of the block."""
     received = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda *what: received.append(what)) for number in numbers]
@@ -341,6 +338,8 @@ def stop_signals() -> Iterator[list]:
     finally:
         for number, handler in zip(numbers, before):
             signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 def any_process(run: Run, flag: bool) -> bool:

@@ -31,7 +31,9 @@ def test_samplers_equal_the_reference_step_by_step(case, with_memory):
         if "eos_id" in s:
             backbone.config = replace(backbone.config, eos_id=s["eos_id"], eot_id=s["eot_id"])
     mask, states = case["attention_mask"], []
-    memory = MetaState(MemoryConfig(64, 6, 32, 4, 16, 1, 2)) if with_memory else None  # untrained: no-op
+    memory = None
+    if with_memory:                                    # untrained, it is a no-op
+        memory = MetaState(MemoryConfig(64, 6, 32, 4, 16, 1, 2))
     out = generate(backbone, torch.tensor(case["prompt_ids"]), steps=s["steps"],
                    attention_mask=None if mask is None else torch.tensor(mask), memory=memory,
                    on_step=lambda canvas, *_: states.append(canvas.tolist()), **settings)
@@ -43,18 +45,23 @@ SETTINGS = [dict(steps=1, threshold=0.02, block_length=4), dict(steps=6, think=3
             dict(steps=6, remasking="origin", block_length=4),
             dict(steps=12), dict(steps=6, block_length=4), dict(steps=5, remasking="entropy"),
             dict(steps=24, block_length=6), dict(steps=12, remasking="topk_margin", alg_temp=0.3),
-            dict(steps=3, temperature=0.7, think=1), dict(steps=4, remasking="origin", temperature=1.0),
-            dict(steps=4, remasking="random"), dict(steps=1, threshold=0.02), dict(steps=4, cfg_scale=1.0),
+            dict(steps=3, temperature=0.7, think=1),
+            dict(steps=4, remasking="origin", temperature=1.0), dict(steps=4, remasking="random"),
+            dict(steps=1, threshold=0.02), dict(steps=4, cfg_scale=1.0),
             dict(steps=4, remasking="maskgit_plus", top_p=0.9, top_k=20, temperature=0.5)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("remember", [False, True])
-def test_invariants(settings, remember, backbone, memory):
-    """The prompt is kept, no mask is left, what is written stays, and the same call gives the same."""
+@pytest.mark.parametrize("remember, settings", [
+    *[(True, settings) for settings in SETTINGS],
+    *[(False, settings) for settings in SETTINGS[:4]]], ids=str)
+def test_invariants(remember, settings, backbone, memory):
+    """The prompt is kept, no mask is left, what is written stays, and the same call gives the
+    same."""
+    def run(ids, **more):
+        return generate(backbone, ids, gen_length=12, memory=memory if remember else None,
+                        **settings, **more)
+
     prompt, states = torch.randint(300, (3, 5)), []
-    run = lambda ids, **more: generate(backbone, ids, gen_length=12, **settings, **more,  # noqa: E731
-                                       memory=memory if remember else None)
     out = run(prompt, on_step=lambda canvas, *_: states.append(canvas))
     assert torch.equal(out[:, :5], prompt) and not (out == MASK).any()
     for before, after in zip(states, states[1:]):
@@ -98,7 +105,12 @@ def test_reveal_schedules(settings, want):
 
 
 def test_dream_with_1024_steps_reveals_late():
-    found = counts(gen_length=1024, steps=1024, remasking="topk_margin")
+    """Its shares of 1024 masks, rounded down: nothing for two steps, three in the last."""
+    left, found = 1024, []
+    for step in range(1024):
+        one = turn(left, step, steps=1024, remasking="topk_margin")
+        found.append(int(select_share(torch.zeros(1, left), one).sum()))
+        left -= found[-1]
     assert found.count(0) == 2 and found[-1] == 3 and sum(found) == 1024
 
 
@@ -283,7 +295,8 @@ def test_a_guess_is_what_would_be_written_at_once(backbone, memory):
     (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),
     (dict(gen_length=8, steps=4, remasking="best"), "best"),
     (dict(gen_length=8, steps=4, remasking="entropy", threshold=0.9), "threshold"),
-    (dict(gen_length=8, steps=4, remasking="maskgit_plus", threshold=0.9, alg_temp=1.0), "alg_temp")])
+    (dict(gen_length=8, steps=4, remasking="maskgit_plus", threshold=0.9, alg_temp=1.0),
+     "alg_temp")])
 def test_settings_that_cannot_work_are_refused(settings, word, backbone):
     with pytest.raises(InputError, match=word):
         generate(backbone, torch.zeros(1, 3, dtype=torch.long), **settings)
@@ -303,7 +316,8 @@ def test_the_diffusion_loss_is_lladas(keep, backbone):
     for b in range(3):
         p, canvas = (1 - 1e-3) * t[b] + 1e-3, ids[b].clone()
         masked = [i for i in range(10) if maskable[b, i] and noise[b, i] < p]
-        visible = [i for i in range(10) if maskable[b, i] and p <= noise[b, i] and noise[b, i] > 1 - keep]
+        visible = [i for i in range(10)
+                   if maskable[b, i] and p <= noise[b, i] and noise[b, i] > 1 - keep]
         canvas[masked], kept = MASK, kept + len(visible)
         logits = backbone(canvas[None])[0]
         for weight, positions in ((1 / p, masked), (1, visible)):

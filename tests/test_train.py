@@ -105,7 +105,7 @@ def test_twenty_kills_at_random_change_nothing(whole, tmp_path):
         resume = ["--resume"] if has_checkpoint(out) else []
         program = Program(*arguments(out, data, *LONGER, *resume), folder=tmp_path)
         if kill % 2:                       # at any moment: while it starts or reads, for example
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.15))
         else:                              # within a step, or while a checkpoint is written
             before = log_size(out)
             program.wait_until(lambda: log_size(out) > before)
@@ -133,35 +133,6 @@ def test_a_signal_in_the_loop_saves_and_ends(whole, tmp_path, number):
     assert_equal_weights(whole, out)
     # Who samples needs no optimiser: two thirds of the file.
     assert not any("optimizer" in load_checkpoint(out / f"{name}.pt") for name in NAMES)
-
-
-def test_ctrl_c_at_any_moment_ends_without_a_traceback(tmp_path):
-    """As typed, from a new interpreter: while Python starts, torch is loaded, data are read."""
-    def start(name):
-        command = [sys.executable, ROOT / "train.py", "--out", tmp_path / name, *map(str, SMALL),
-                   "--iters", "100000"]
-        with open(tmp_path / f"{name}.txt", "w") as file:
-            return subprocess.Popen(command, cwd=tmp_path, stdout=file, stderr=file,
-                                    start_new_session=True)
-
-    begin = time.monotonic()
-    jobs = {delay: start(str(delay)) for delay in (0.05, 0.3, 0.8, 1.5, 3)}
-    try:
-        for delay, job in jobs.items():
-            time.sleep(max(0, begin + delay - time.monotonic()))
-            job.send_signal(signal.SIGINT)
-        for delay, job in jobs.items():
-            code = job.wait(LIMIT)
-            text = (tmp_path / f"{delay}.txt").read_text()
-            # Before the first line of ours has run, it is Python itself that answers a Ctrl-C.
-            before_us = delay == 0.05 and not (tmp_path / str(delay)).exists()
-            assert code == 130 or before_us, text
-            assert "Traceback" not in text or before_us and "model.py" not in text
-            said = "--resume" in text
-            assert said or not has_checkpoint(tmp_path / str(delay)), text
-    finally:
-        for job in jobs.values():
-            end(job)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data):
