@@ -447,8 +447,11 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
             index = row["index"]
             if type(index) is not int or index not in indices:
                 raise ValueError(f"index {index!r} is none of its {len(indices)} problems")
-            if type(row["correct"]) is not bool or row["passes"] not in range(2 ** 31):
-                raise ValueError("correct is no boolean, or passes is no number of passes")
+            passes = row["passes"]
+            if type(row["correct"]) is not bool:
+                raise ValueError("correct is no boolean")
+            if type(passes) is not int or not 0 <= passes < 2 ** 31:
+                raise ValueError("passes is no number of passes")
             if rows.setdefault(index, row) != row:
                 raise ValueError(f"problem {index} has another answer above")
     return setting, rows

@@ -278,4 +278,6 @@ def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -
         with torch.device("meta"):         # no size in the file is believed before its tensors are
             memory = MetaState(config)
         memory.load_state_dict(state["model"], assign=True)
+        if not all(p.isfinite().all() for p in memory.parameters()):
+            raise ValueError("it has weights that are no numbers")
     return memory.to(backbone.embedding.weight.device, torch.float32).eval()

@@ -368,7 +368,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_
         for p, moments in optimizer.state.items():     # torch itself does not compare them
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("its optimiser is that of another model")
-        if state["step"] not in range(iters + 1):
+        if type(state["step"]) is not int or not 0 <= state["step"] <= iters:
             raise ValueError("its step is none of this run")
     return state["step"]
 

@@ -394,6 +394,7 @@ def test_a_memory_with_nonsense_in_its_config_is_refused(changes, backbone, memo
     lambda state: state["model"].pop("slots"),
     lambda state: state["model"].update(slots=torch.zeros(5, 31)),
     lambda state: state["model"].update(slots=3),
+    lambda state: state["model"]["slots"].fill_(float("nan")),
     lambda state: state["model"].update(slots=torch.zeros(5, 32, dtype=torch.long)),
     lambda state: state["config"].update(n_head=3) or state["model"].update(
         sharpness=torch.zeros(2, 3)),

@@ -19,7 +19,7 @@ def table():
     backbone = load_backbone(FOLDER / "backbone")
     memory = load_memory(FOLDER / "memory.pt", backbone)
     bench = Bench(backbone, load_tokenizer(FOLDER / "backbone"),
-                  dial_problems("test", N_PROBLEMS), gen_length=20)
+                  dial_problems("valid", N_PROBLEMS), gen_length=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval_gsm8k, "THINKING_PASSES", PASSES)
         return thinking_table(bench, contestants(memory, memory))[1]
