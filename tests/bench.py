@@ -341,6 +341,7 @@ def measure_sampling(backbone: Backbone, memory: MetaState, T: int, machine: Mac
                      ) -> None:
     """One denoising step of T tokens, half of them prompt."""
     c, device, steps = backbone.config, machine.device, 2
+    memory.requires_grad_(False)       # torch's counter stumbles over gradients that nobody takes
     prompt = torch.randint(c.mask_id, (1, T // 2), device=device)
 
     def run(memory: MetaState | None) -> Callable[[], object]:
@@ -366,6 +367,7 @@ def measure_training(backbone: Backbone, memory: MetaState, T: int, machine: Mac
     """A K-step unroll, its backward pass and the optimiser's step."""
     c, m, device = backbone.config, memory.config, machine.device
     backbone.recompute = True
+    memory.requires_grad_(True)
     optimizer = torch.optim.AdamW(memory.parameters())
     batch = {
         "ids": torch.randint(c.mask_id, (1, T), device=device),
