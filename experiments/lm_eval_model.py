@@ -1,32 +1,42 @@
 """MATH-500, HumanEval, MBPP and more through lm-evaluation-harness, which this script alone needs:
 
-    pip install lm-eval==0.4.13
+    pip install "lm-eval[math]==0.4.13"
     python experiments/lm_eval_model.py --init llada --memory out/llada/memory.pt \
         --tasks gsm8k,minerva_math500,humaneval,mbpp --confirm-run-unsafe-code
 
 The harness brings problems, prompts and scores; every prompt goes to diffusion.generate with the
 settings that eval_gsm8k.py has for the model. humaneval and mbpp execute what the model wrote: the
-harness asks for HF_ALLOW_CODE_EVAL=1 and for its consent flag, which is handed on.
+harness asks for its consent flag, which is handed on, and for HF_ALLOW_CODE_EVAL=1 around it.
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import make_table
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+except ImportError as error:
+    sys.exit(f"error: {error}; this script needs pip install \"lm-eval[math]==0.4.13\"")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion import generate  # noqa: E402
 from eval_gsm8k import (DEFAULT_PROTOCOL, PROTOCOLS, Protocol, answer_text,  # noqa: E402
                         left_padded)
-from model import InputError, check_output, write_atomically  # noqa: E402
-from sample import (COUNT, Models, add_model_options, add_sampling_options,  # noqa: E402
-                    choose_models, open_models, run_program, sampling_settings, start_device)
+from model import InputError, check_output, ensure, write_atomically  # noqa: E402
+from sample import (COUNT, COUNT_OR_ZERO, Models, add_model_options,  # noqa: E402
+                    add_sampling_options, choose_models, open_models, run_program,
+                    sampling_settings, start_device)
+
+
+NO_LIKELIHOODS = ("asks for likelihoods, which a sampler of masked diffusion does not give; take a "
+                  "task that generates, gsm8k for example")
 
 
 @register_model("metastate")
@@ -67,10 +77,29 @@ class MetaStateLM(LM):
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> list:
-        raise InputError("this task asks for likelihoods, which a sampler of masked diffusion does "
-                         "not give; take a task that generates, gsm8k for example")
+        raise InputError(f"a task {NO_LIKELIHOODS}")
 
     loglikelihood_rolling = loglikelihood
+
+
+def check_tasks(manager: TaskManager, names: list[str], may_execute: bool) -> None:
+    """Load the tasks once before a model is loaded: what they need is often not there."""
+    for name in names:
+        ensure(name in manager.task_index, f"the harness has no task {name!r}; `lm-eval ls tasks` "
+               "lists them, and --include-path adds yours")
+        config = manager.task_index[name].cfg or {}
+        ensure(may_execute or not config.get("unsafe_code"), f"task {name} executes what the model "
+               "writes; where that is safe, give --confirm-run-unsafe-code and set "
+               "HF_ALLOW_CODE_EVAL=1")
+    try:
+        tasks = manager.load(names)["tasks"]
+    except Exception as error:         # a task brings code of its own
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"--tasks {','.join(names)} cannot be loaded ({reason}); see the README "
+                         "of the task in the harness for what it needs")
+    for name, task in tasks.items():
+        generates = task.get_config("output_type") == "generate_until"
+        ensure(generates, f"task {name} {NO_LIKELIHOODS}")
 
 
 def main() -> None:
@@ -79,7 +108,7 @@ def main() -> None:
     add = parser.add_argument_group("harness").add_argument
     add("--tasks", required=True, help="names of the harness's tasks, separated by commas")
     add("--include-path", type=Path, help="a folder with task files of your own")
-    add("--num-fewshot", type=int, help="default: the task's")
+    add("--num-fewshot", type=COUNT_OR_ZERO, help="default: the task's")
     add("--limit", type=COUNT, help="only the first so many problems of each task")
     add("--batch-size", type=COUNT, default=16)
     add("--out", type=Path, default=Path("out/lm_eval.json"), help="where the results go")
@@ -90,15 +119,16 @@ def main() -> None:
     protocol = PROTOCOLS[DEFAULT_PROTOCOL.get(choice.name, DEFAULT_PROTOCOL[choice.kind])]
     settings = sampling_settings(args, protocol.settings)
     check_output(args.out)
+    names = args.tasks.split(",")
+    manager = TaskManager(include_path=args.include_path)
+    may_execute = args.confirm_run_unsafe_code and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
+    check_tasks(manager, names, may_execute)
     device, _ = start_device(args.device)
     models = open_models(choice, args, device)
-
-    from lm_eval.tasks import TaskManager
     found = simple_evaluate(
         MetaStateLM(models, protocol, settings, args.batch_size, args.seed),
-        tasks=args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit,
-        task_manager=TaskManager(include_path=str(args.include_path) if args.include_path else None),
-        confirm_run_unsafe_code=args.confirm_run_unsafe_code, bootstrap_iters=1000)
+        tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
+        confirm_run_unsafe_code=may_execute, bootstrap_iters=1000)
     print(make_table(found))
     with write_atomically(args.out) as file:
         saved = {"identity": models.identity, "settings": settings, "results": found["results"]}

@@ -1,87 +1,115 @@
 """Speed and memory, each beside its arithmetic: python tests/bench.py [--device cuda] [--compile]
 
-    python tests/bench.py                              # small shapes on a CPU, two minutes
-    python tests/bench.py --device cuda --preset dream # 8B shapes with random weights on a GPU
-    python tests/bench.py --preset llada --device cpu --checkpoint FOLDER      # 8B on a CPU
+    python tests/bench.py                                # a small shape on a CPU
+    python tests/bench.py --device cuda --preset dream   # 8B shapes, random weights, on a GPU
+    python tests/bench.py --preset llada --device cpu --checkpoint FOLDER
 
-The last one writes a checkpoint of random weights in the released layout (16 GB, once) and needs
-24 GB of memory. The machine's ceilings, matrix product and reading memory, are measured first. In
-every row the ratio is measured / bound: times are 1 at best, and what is kept should be near 1.
+An 8B model on a CPU needs 24 GB of memory. With --checkpoint loading is measured, too: random
+weights in the released layout are written to FOLDER if it has none (16 GB for an 8B model).
+
+The machine's ceilings, matrix product and reading memory, are measured first; torch counts the
+FLOPs. In every row the ratio is measured / bound: 1 is the best that a time can be, and what the
+arithmetic says of memory. Other work on the machine falsifies times, so the last line says how much
+of the cores this process had.
 """
 import argparse
 import json
 import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from diffusion import cross_entropy, generate, unroll  # noqa: E402
+from diffusion import generate, unroll  # noqa: E402
 from metastate import MemoryConfig, MetaState, preset  # noqa: E402
 from model import (CONFIG_FIXED, CONFIG_KEYS, DREAM, LLADA, Backbone, Config,  # noqa: E402
                    load_backbone, original_name, write_atomically)
+from sample import COUNT  # noqa: E402
 
 SMALL = replace(LLADA, vocab_size=8192, n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=768,
                 mask_id=8190, eos_id=8191, pad_id=8191, eot_id=None)
-SMALL_FILE = replace(SMALL, vocab_size=65536, d_model=1024, d_ff=4096, n_head=8, n_kv_head=8)
 PRESETS = {"small": SMALL, "llada": LLADA, "dream": DREAM}
 K = 4
 CHUNK = 256                            # rows of logits at a time, see diffusion.cross_entropy
 CARD = 22e9                            # of a card with 24 GB
 
 
+# -------------------------------------------------------------------------------- MEASURING
+
 class Machine(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     product: float                     # FLOP/s of a large matrix product
     read: float                        # bytes/s of reading memory
+    held: int                          # bytes that python and torch hold before any model
 
-    def at_best(self, flops: float, n_bytes: float = 0) -> float:
+    def at_best(self, flops: float, n_bytes: float) -> float:
         """Seconds, if the machine did nothing else."""
         return max(flops / self.product, n_bytes / self.read)
 
 
-# -------------------------------------------------------------------------------- MEASURING
+class Cost(NamedTuple):
+    seconds: float
+    flops: int                         # of matrix products (and of attention on a GPU)
+    peak: int                          # bytes on the device; on a CPU those of this process
 
-def seconds(run: Callable[[], object], device: torch.device, tries: int = 5) -> float:
-    """Median time of run() after one warm-up."""
+
+def fastest(run: Callable[[], object], device: torch.device, tries: int) -> float:
+    """Seconds of the fastest run: what disturbs a run only makes it slower."""
     times = []
-    for _ in range(tries + 1):
+    for _ in range(tries):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[tries // 2]
+    return min(times)
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")          # Linux
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was held since reset_peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def measure(run: Callable[[], object], device: torch.device, tries: int) -> Cost:
+    """The first run warms up, and torch counts what it computes."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    reset_peak(device)
+    best = fastest(run, device, tries)
+    return Cost(best, counter.get_total_flops(), peak_bytes(device))
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    reset_peak(device)
+    held = peak_bytes(device)
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    product = 2 * n ** 3 / seconds(lambda: a @ a, device)
+    product = 2 * n ** 3 / fastest(lambda: a @ a, device, tries=5)
     x = torch.randn(2 ** 30 if on_gpu else 2 ** 26, device=device)
-    read = x.nbytes / seconds(lambda: x.sum(), device)
-    return Machine(device, dtype, product, read)
-
-
-def resident() -> int:
-    """Highest resident memory of this process so far, in bytes (Linux). The mapped parts of a
-    checkpoint count as long as they are mapped."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    read = x.nbytes / fastest(lambda: x.sum(), device, tries=5)
+    return Machine(device, dtype, product, read, held)
 
 
 def storage(x: Tensor) -> tuple[int, int]:
@@ -103,25 +131,6 @@ def kept_bytes(forward: Callable[[], Tensor], modules: list[torch.nn.Module]) ->
     return sum(n_bytes for _, n_bytes in kept - weights)
 
 
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most that a step holds at any moment beyond what was there before it."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = profile.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())
-               if event.name() == "[memory]"]
-    held, peak = 0, 0
-    for change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 # ---------------------------------------------------------------------------------- PRINTING
 
 def shown(value: float, unit: str) -> str:
@@ -140,44 +149,7 @@ def header(*cells: str) -> None:
     print(f"\n| {' | '.join(cells)} |\n{'|---' * len(cells)}|", flush=True)
 
 
-# -------------------------------------------------------------------------------- ARITHMETIC
-
-def layer_flops(c: Config, length: int) -> float:
-    """Of one layer for one token: two for every weight, and attention."""
-    d_kv = c.n_kv_head * c.d_model // c.n_head
-    weights = c.d_model * (2 * c.d_model + 2 * d_kv + 3 * c.d_ff)
-    return 2 * weights + 4 * length * c.d_model
-
-
-def head_flops(c: Config) -> float:
-    """Of the logits of one position."""
-    return 2 * c.d_model * c.vocab_size
-
-
-def memory_flops(m: MemoryConfig, length: int) -> float:
-    """Of the memory in one forward step of one row of tokens."""
-    over_tokens = 4 * length * m.d_model * m.d_slot        # the Mixer's k and v, Injector's q, out
-    over_slots = 10 * m.n_slots * m.d_slot ** 2            # the other four, and the Updater's six
-    attention = 4 * length * m.n_slots * m.d_slot          # two products each
-    return 2 * (over_tokens + over_slots + attention)
-
-
-def masked_rows(n_maskable: int) -> float:
-    """Masked tokens of one row over the K steps, when each reveals a K-th."""
-    return n_maskable * (K + 1) / 2
-
-
-def training_flops(c: Config, m: MemoryConfig, length: int, n_maskable: int, *, recompute: bool
-                   ) -> float:
-    """Of one row in the K steps, forward and backward. A frozen weight costs as much backward as
-    forward, a trained one twice as much; there is nothing backward below the Injector."""
-    above = c.n_layer - m.write_layer
-    again = 2 if recompute else 1      # backward, and forward once more
-    layers = K * length * (c.n_layer + again * above) * layer_flops(c, length)
-    head = masked_rows(n_maskable) * (1 + again) * head_flops(c)
-    memory = K * (2 + again) * memory_flops(m, length)
-    return layers + head + memory
-
+# ---------------------------------------------------------------------- ARITHMETIC OF MEMORY
 
 def n_weights(c: Config) -> int:
     with torch.device("meta"):
@@ -189,55 +161,63 @@ def n_trained(m: MemoryConfig) -> int:
         return sum(p.numel() for p in MetaState(m).parameters())
 
 
-def kept_terms(c: Config, m: MemoryConfig, B: int, T: int, n_maskable: int, item: int = 2
-               ) -> dict[str, float]:
-    """Bytes that K unrolled steps keep for the backward pass, everything recomputed. item: bytes
-    of a number in the backbone's precision."""
+def kept_terms(c: Config, m: MemoryConfig, T: int, item: int) -> dict[str, int]:
+    """Bytes that K unrolled steps of one row of T tokens, all of them maskable, keep for the
+    backward pass, everything recomputed. item: bytes of a number in the backbone's precision."""
     above = c.n_layer - m.write_layer
-    bias = B * m.n_head * m.n_slots * T * 4
-    slots = B * m.n_slots * m.d_slot
+    n_picked = T * (K + 1) // 2        # masked tokens of all steps, when each reveals a K-th
+    bias = m.n_head * m.n_slots * T * 4
+    slots = m.n_slots * m.d_slot * (4 + item)          # new ones, and what the Mixer read
     return {
-        f"inputs of {above} layers and of the Injector, {K} steps": K * (above + 1) * B * T
-        * c.d_model * item,
-        f"biases of Mixer and Injector and their squares' roots, {K} steps": K * 4 * bias,
-        f"picked rows for the head, {K} steps": masked_rows(n_maskable) * B * c.d_model * item,
-        f"slots and what the Mixer read, {K} steps": K * slots * (4 + item),
+        f"inputs of the Injector and of {above} recomputed layers, {K} steps":
+            K * (above + 1) * T * c.d_model * item,
+        f"attention biases of Mixer and Injector and their roots, slots, {K} steps":
+            K * (4 * bias + slots),
+        f"picked rows for the head, {K} steps": n_picked * c.d_model * item,
     }
 
 
-def passing_terms(c: Config, B: int, T: int, item: int = 2) -> dict[str, float]:
+def passing_terms(c: Config, T: int, item: int) -> dict[str, int]:
     """Bytes that are there for a moment of the backward pass; the larger one counts."""
     d_kv = c.n_kv_head * c.d_model // c.n_head
-    kept = 3 * c.d_model + 2 * d_kv + 3 * c.d_ff           # what autograd keeps of one layer
-    gradients = c.d_model + 2 * c.d_ff                     # of its output, and within the MLP
+    kept = 3 * c.d_model + 2 * d_kv + 3 * c.d_ff       # what autograd keeps of one layer
+    gradients = c.d_model + 2 * c.d_ff                 # of its output, and within the MLP
     return {
-        "one layer recomputed, and its gradients": B * T * (kept + gradients) * item,
+        "one layer recomputed, and its gradients": T * (kept + gradients) * item,
         f"one chunk of {CHUNK} rows of logits, float32: log p and two gradients":
             CHUNK * c.vocab_size * 12,
     }
 
 
-def memory_terms(c: Config, m: MemoryConfig, B: int, T: int, n_maskable: int) -> dict[str, float]:
+def memory_terms(c: Config, m: MemoryConfig, T: int, item: int) -> dict[str, int]:
     """Where the memory of a K-step training step goes, in bytes; their sum is the peak."""
-    passing = passing_terms(c, B, T)
+    passing = passing_terms(c, T, item)
     largest = max(passing, key=passing.get)
     return {
-        "frozen weights, bfloat16": 2 * n_weights(c),
+        "frozen weights": item * n_weights(c),
         "memory, gradients and AdamW's two moments, float32": 16 * n_trained(m),
-        **kept_terms(c, m, B, T, n_maskable),
+        **kept_terms(c, m, T, item),
         largest: passing[largest],
     }
 
 
 def print_memory_table(c: Config, m: MemoryConfig, T: int) -> None:
-    terms = memory_terms(c, m, 1, T, T)
-    header(f"{c.kind}, K = {K}, 1 x {T} tokens, activations recomputed: arithmetic", "GB")
+    terms = memory_terms(c, m, T, item=2)
+    header(f"{c.kind}, K = {K}, 1 x {T} tokens, bfloat16, activations recomputed", "GB")
     for what, n_bytes in terms.items():
         print(f"| {what} | {n_bytes / 1e9:.2f} |")
     print(f"| sum | {sum(terms.values()) / 1e9:.2f} |")
 
 
 # ------------------------------------------------------------------------------ RANDOM MODELS
+
+def random_values(name: str, p: Tensor) -> Tensor:
+    """Norms are one, biases zero, other weights a hundredth or so. Uniform, since 8 billion normal
+    draws take a CPU minutes."""
+    if p.dim() == 2:
+        return torch.empty_like(p).uniform_(-0.03, 0.03)
+    return torch.ones_like(p) if "norm" in name else torch.zeros_like(p)
+
 
 def random_backbone(c: Config, machine: Machine) -> Backbone:
     with torch.device("meta"):
@@ -248,20 +228,11 @@ def random_backbone(c: Config, machine: Machine) -> Backbone:
     return backbone.eval()
 
 
-def random_values(name: str, p: Tensor) -> Tensor:
-    """Norms are one, biases zero, other weights a hundredth or so."""
-    if p.dim() == 2:
-        return torch.empty_like(p).normal_(std=0.02)
-    return torch.ones_like(p) if "norm" in name else torch.zeros_like(p)
-
-
 def memory_config(c: Config) -> MemoryConfig:
     """The preset's, or for the small shape one in the same proportion to its backbone."""
     with torch.device("meta"):
         config = preset(Backbone(c))
-    if c.d_model < 1024:
-        config = replace(config, d_slot=88, d_time=16)
-    return config
+    return replace(config, d_slot=88, d_time=16) if c == SMALL else config
 
 
 def random_memory(c: Config, device: torch.device) -> MetaState:
@@ -271,23 +242,11 @@ def random_memory(c: Config, device: torch.device) -> MetaState:
     return memory
 
 
-def draws(c: Config, B: int, T: int, device: torch.device) -> dict[str, Tensor]:
-    """What unroll wants of a batch; the first quarter of every row is prompt."""
-    maskable = torch.arange(T, device=device).repeat(B, 1) >= T // 4
-    return {
-        "ids": torch.randint(c.mask_id, (B, T), device=device),
-        "maskable": maskable,
-        "counts": torch.full((B, K), (T - T // 4) // K, device=device),
-        "noise": torch.rand(B, T, device=device),
-        "by_confidence": torch.zeros(B, dtype=torch.bool, device=device),
-    }
-
-
 # --------------------------------------------------------------------- CHECKPOINTS ON THE DISK
 # In the released layout: config.json, an index, and shards in which LLaDA's tensors are grouped by
 # kind and Dream's stand in order.
 
-SHARD = {"llada": 3e9, "dream": 5e9}       # bytes, at most
+SHARD = {"llada": 3e9, "dream": 5e9}   # bytes, at most
 
 
 def shards(c: Config) -> Iterator[dict[str, Tensor]]:
@@ -345,246 +304,102 @@ def write_checkpoint(c: Config, folder: Path) -> None:
         file.write(json.dumps(found).encode())
 
 
-def disk_speed(folder: Path) -> float:
-    """Bytes/s of reading the first shard plainly. Nothing of the checkpoint is in the system's
-    cache afterwards."""
-    paths = sorted(folder.glob("*.safetensors"))
-    forget(paths)
+def read_through(paths: list[Path]) -> float:
+    """Seconds of reading the first file plainly. None of them is in the system's cache after."""
     begin = time.perf_counter()
     with open(paths[0], "rb", buffering=0) as file:
         while file.read(2 ** 24):
             pass
     took = time.perf_counter() - begin
-    forget(paths)
-    return paths[0].stat().st_size / took
-
-
-def forget(paths: list[Path]) -> None:
     for path in paths:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return took
 
 
-# -------------------------------------------------------------------- PROCESSES OF THEIR OWN
-# The highest resident memory of a process is known for all of it only, so each has one task.
+# ------------------------------------------------------------------------------ MEASUREMENTS
 
-def probe(task: str, folder: Path, device: torch.device) -> dict[str, float]:
-    """Load a checkpoint, do one task with it, and say how long it took and what was resident."""
-    torch.empty(1, device=device)
-    held = resident()
+def measure_loading(c: Config, folder: Path, machine: Machine) -> Backbone:
+    paths = sorted(folder.glob("*.safetensors"))
+    read_through(paths)                # so that the next one comes from the disk
+    speed = paths[0].stat().st_size / read_through(paths)
+    reset_peak(machine.device)
     begin = time.perf_counter()
-    backbone = load_backbone(folder, device=device)
-    found = {"held": held, "load": time.perf_counter() - begin}
-    memory = random_memory(backbone.config, device)
-    if task == "sample":
-        found["without"], found["with"] = time_sampling(backbone, memory, T=64, steps=2, tries=1)
-    if task.startswith("train"):
-        found["step"] = time_training(backbone, memory, 1, int(task.split()[1]), tries=1)
-    return found | {"peak": resident()}
+    backbone = load_backbone(folder, device=machine.device, dtype=machine.dtype)
+    took = time.perf_counter() - begin
+
+    on_disk = 2 * n_weights(c)
+    row(f"loading {on_disk / 1e9:.2f} GB; bound: reading the files", on_disk / speed, took, "s")
+    held = sum(p.nbytes for p in backbone.parameters()) + machine.held
+    if machine.device.type == "cpu":
+        held += 2 * c.vocab_size * c.d_model           # its largest tensor, mapped, beside its copy
+    row("the same, peak memory", held, peak_bytes(machine.device), "B")
+    return backbone
 
 
-def in_its_own_process(task: str, folder: Path, device: torch.device) -> dict[str, float]:
-    command = [sys.executable, __file__, "--probe", task, "--checkpoint", str(folder),
-               "--device", str(device)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+def measure_sampling(backbone: Backbone, memory: MetaState, T: int, machine: Machine, tries: int
+                     ) -> None:
+    """One denoising step of T tokens, half of them prompt."""
+    c, device, steps = backbone.config, machine.device, 2
+    memory.requires_grad_(False)       # torch's counter stumbles over gradients that nobody takes
+    prompt = torch.randint(c.mask_id, (1, T // 2), device=device)
 
+    def run(memory: MetaState | None) -> Callable[[], object]:
+        return lambda: generate(backbone, prompt, memory=memory, gen_length=T // 2, steps=steps)
 
-def measure_loading(c: Config, folder: Path, device: torch.device) -> None:
-    weights = 2 * n_weights(c)
-    largest = 2 * c.vocab_size * c.d_model
-    read = weights / disk_speed(folder)
-    found = in_its_own_process("load", folder, device)
-    row(f"loading {weights / 1e9:.2f} GB; bound: reading the files", read, found["load"], "s")
-    on_host = weights if device.type == "cpu" else 0
-    row("loading, peak resident memory; bound: the model here, its largest tensor, python",
-        on_host + largest + found["held"], found["peak"], "B")
-
-
-def measure_full_size(c: Config, folder: Path, machine: Machine) -> None:
-    """An 8B backbone on a CPU: every task in a process of its own."""
-    m, weights = memory_config(c), 2 * n_weights(c)
-    measure_loading(c, folder, machine.device)
-
-    found = in_its_own_process("sample", folder, machine.device)
-    T = 64
-    flops = T * c.n_layer * layer_flops(c, T) + T // 2 * head_flops(c)
-    row(f"denoising step, 1 x {T} tokens", machine.at_best(flops, weights), found["without"], "s")
+    without = measure(run(None), device, tries)
+    using = measure(run(memory), device, tries)
+    weights = sum(p.nbytes for p in backbone.parameters())
+    bound = machine.at_best(without.flops / steps, weights)
+    row(f"denoising step, 1 x {T} tokens", bound, without.seconds / steps, "s")
     row("the same with memory; bound: without it, times the share of its FLOPs",
-        found["without"] * (1 + memory_flops(m, T) / flops), found["with"], "s")
-    # at most as many of the head's rows are wanted as the answer has, in two precisions
-    passing = passing_terms(c, 1, T)["one layer recomputed, and its gradients"]
-    row("the same, peak resident memory", weights + 4 * n_trained(m) + passing + found["held"]
-        + T // 2 * c.vocab_size * 10, found["peak"], "B")
-
-    for T in (64, 128):
-        found = in_its_own_process(f"train {T}", folder, machine.device)
-        maskable = T - T // 4
-        flops = training_flops(c, m, T, maskable, recompute=True)
-        passes = K * (1 + 2 * (1 - m.write_layer / c.n_layer))     # over the weights
-        row(f"K = {K} training step, 1 x {T} tokens", machine.at_best(flops, passes * weights),
-            found["step"], "s")
-        terms = memory_terms(c, m, 1, T, maskable)
-        row("the same, peak resident memory", sum(terms.values()) + found["held"], found["peak"],
-            "B")
+        without.seconds / steps * using.flops / without.flops, using.seconds / steps, "s")
+    # at most as many of the head's rows are wanted as the answer has: logits, a copy of them
+    # without the mask, and their float32 softmax
+    logits = T // 2 * c.vocab_size * (2 * machine.dtype.itemsize + 8)
+    layer = passing_terms(c, T, machine.dtype.itemsize)["one layer recomputed, and its gradients"]
+    held = machine.held + weights + 4 * n_trained(memory.config) + max(logits, layer)
+    row("the same, peak memory", held, using.peak, "B")
 
 
-# ------------------------------------------------------------------------- WITHIN THIS PROCESS
-
-def time_sampling(backbone: Backbone, memory: MetaState, T: int, steps: int, tries: int
-                  ) -> tuple[float, float]:
-    """Seconds of one denoising step, half of T tokens prompt: without memory, with it."""
-    device = backbone.embedding.weight.device
-    prompt = torch.randint(backbone.config.mask_id, (1, T // 2), device=device)
-    settings = dict(gen_length=T // 2, steps=steps)
-    without = seconds(lambda: generate(backbone, prompt, **settings), device, tries)
-    memory.eval()
-    using = seconds(lambda: generate(backbone, prompt, memory=memory, **settings), device, tries)
-    return without / steps, using / steps
-
-
-def training_step(backbone: Backbone, memory: MetaState, B: int, T: int) -> Callable[[], None]:
+def measure_training(backbone: Backbone, memory: MetaState, T: int, machine: Machine, tries: int
+                     ) -> None:
+    """A K-step unroll, its backward pass and the optimiser's step."""
+    c, m, device = backbone.config, memory.config, machine.device
+    backbone.recompute = True
+    memory.requires_grad_(True)
     optimizer = torch.optim.AdamW(memory.parameters())
-    batch = draws(backbone.config, B, T, backbone.embedding.weight.device)
+    batch = {
+        "ids": torch.randint(c.mask_id, (1, T), device=device),
+        "maskable": torch.ones(1, T, dtype=torch.bool, device=device),
+        "counts": torch.full((1, K), T // K, device=device),
+        "noise": torch.rand(1, T, device=device),
+        "by_confidence": torch.zeros(1, dtype=torch.bool, device=device),
+    }
+
+    def forward() -> Tensor:
+        loss, _ = unroll(backbone, memory, **batch, lam=0.5)
+        return loss
 
     def step() -> None:
-        loss, _ = unroll(backbone, memory, **batch, lam=0.5)
-        loss.backward()
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
-
-
-def time_training(backbone: Backbone, memory: MetaState, B: int, T: int, tries: int) -> float:
-    backbone.recompute = True
-    step = training_step(backbone, memory, B, T)
-    return seconds(step, backbone.embedding.weight.device, tries)
-
-
-def measure_forward(backbone: Backbone, B: int, T: int, machine: Machine) -> None:
-    """The layers, the head, and the cross-entropy against computing all logits."""
-    c, device = backbone.config, machine.device
-    ids = torch.randint(c.mask_id, (B, T), device=device)
-    wanted = torch.rand(B, T, device=device) < 0.25
-    with torch.no_grad():
-        h, context = backbone.embed(ids)
-        took = seconds(lambda: backbone.run(h, context, 0, c.n_layer), device)
-        flops = B * T * c.n_layer * layer_flops(c, T)
-        row(f"layers, {B} x {T} tokens", machine.at_best(flops), took, "s")
-        row("the same, throughput; bound: the ceiling", machine.product, flops / took, "FLOP/s")
-        every = seconds(lambda: backbone.head(backbone.pick(h)), device)
-        some = seconds(lambda: backbone.head(backbone.pick(h, wanted)), device)
-        row("head on a quarter of the positions; bound: a quarter of all", every / 4, some, "s")
-        picked, targets = backbone.pick(h, wanted), ids[wanted]
-        chunks = seconds(lambda: cross_entropy(backbone, picked, targets), device)
-        whole = seconds(lambda: F.cross_entropy(backbone.head(backbone.pick(h)).float().flatten(
-            0, 1), ids.flatten()), device)
-        row("cross-entropy of a quarter; bound: a quarter of all at once", whole / 4, chunks, "s")
-
-
-@torch.no_grad()
-def plain_generate(backbone: Backbone, prompt: Tensor, gen_length: int, steps: int) -> Tensor:
-    """The straightforward sampler: logits of every position, softmax of all of them in float64."""
-    mask_id = backbone.config.mask_id
-    canvas = F.pad(prompt, (0, gen_length), value=mask_id)
-    for _ in range(steps):
-        logits = backbone(canvas)                                      # (1, T, V)
-        tokens = logits.argmax(-1)                                     # (1, T)
-        p = logits.double().softmax(-1)                                # (1, T, V)
-        confidence = p.gather(-1, tokens[..., None])[..., 0]           # (1, T)
-        confidence = confidence.masked_fill(canvas != mask_id, -1)
-        best = confidence.topk(gen_length // steps, dim=1).indices
-        canvas = canvas.scatter(1, best, tokens.gather(1, best))
-    return canvas
-
-
-def measure_sampling(backbone: Backbone, T: int, machine: Machine) -> None:
-    c, m, steps = backbone.config, memory_config(backbone.config), 8
+    kept = kept_bytes(forward, [backbone, memory])
+    found = measure(step, device, tries)
     weights = sum(p.nbytes for p in backbone.parameters())
-    memory = random_memory(c, machine.device)
-    without, using = time_sampling(backbone, memory, T, steps, tries=5)
-    flops = T * c.n_layer * layer_flops(c, T) + T / 4 * head_flops(c)
-    row(f"denoising step, 1 x {T} tokens", machine.at_best(flops, weights), without, "s")
-    row("the same with memory; bound: without it, times the share of its FLOPs",
-        without * (1 + memory_flops(m, T) / flops), using, "s")
-    prompt = torch.randint(c.mask_id, (1, T // 2), device=machine.device)
-    plain = seconds(lambda: plain_generate(backbone, prompt, T // 2, steps), machine.device)
-    row("denoising step; bound: of the straightforward sampler, all logits in float64",
-        plain / steps, without, "s")
-    print(f"| tokens a second at {steps} steps of {T // 2 // steps}: without memory, with it | | "
-          f"{T / 2 / steps / without:.0f}, {T / 2 / steps / using:.0f} | |")
-
-
-def memory_alone(backbone: Backbone, B: int, T: int) -> Callable[[], None]:
-    """The K steps and their backward pass on a backbone without layers."""
-    c = backbone.config
-    with torch.device("meta"):
-        bare = Backbone(replace(c, n_layer=0))
-    bare.embedding = backbone.embedding
-    bare.recompute = True
-    device = backbone.embedding.weight.device
-    memory = MetaState(replace(memory_config(c), write_layer=0, read_layer=0)).to(device)
-    ids = torch.full((B, T), c.mask_id, device=device)
-    everything = torch.ones_like(ids, dtype=torch.bool)
-
-    def step() -> None:
-        slots = memory.initial(B)
-        total = 0.0
-        for _ in range(K):
-            h, slots = memory.step(bare, ids, slots, maskable=everything, wanted=everything)
-            total = total + h.float().mean() + slots.mean()
-        total.backward()
-        memory.zero_grad()
-
-    return step
-
-
-def measure_training(backbone: Backbone, B: int, T: int, machine: Machine) -> None:
-    """A K-step unroll and its backward pass: time, what is kept, the peak."""
-    c, m, device = backbone.config, memory_config(backbone.config), machine.device
-    memory = random_memory(c, device)
-    maskable = T - T // 4
-    what = f"K = {K} training step, {B} x {T} tokens"
-    flops = B * training_flops(c, m, T, maskable, recompute=True)
-    took = time_training(backbone, memory, B, T, tries=3)
-    row(what, machine.at_best(flops), took, "s")
-    row("the same, throughput; bound: the ceiling", machine.product, flops / took, "FLOP/s")
-
-    backbone.recompute = False
-    try:
-        kept = seconds(training_step(backbone, memory, B, T), device, tries=3)
-        row("the same, activations recomputed; bound: kept", kept, took, "s")
-    except torch.OutOfMemoryError:
-        print("| the same, activations kept: out of memory | | | |")
-    memory.zero_grad()
-    backbone.recompute = True
-
-    alone = seconds(memory_alone(backbone, B, T), device, tries=3)
-    share = B * K * 4 * memory_flops(m, T) / flops
-    row("the memory's modules alone; bound: their share of the FLOPs", share * took, alone, "s")
-    row("their share of the step; bound: of the FLOPs", share * 100, alone / took * 100, "%")
-    measure_memory(backbone, memory, B, T, machine)
-
-
-def measure_memory(backbone: Backbone, memory: MetaState, B: int, T: int, machine: Machine) -> None:
-    """What a training step keeps and its peak, against the arithmetic of the table."""
-    c, m, device = backbone.config, memory.config, machine.device
-    maskable, item = T - T // 4, machine.dtype.itemsize
-    batch = draws(c, B, T, device)
-    expected = sum(kept_terms(c, m, B, T, maskable, item).values())
-    kept = kept_bytes(lambda: unroll(backbone, memory, **batch, lam=0.5)[0], [backbone, memory])
-    row("kept for the backward pass, activations recomputed", expected, kept, "B")
-
-    step = training_step(backbone, memory, B, T)
-    step()                             # the optimiser's moments are there from now on
-    gradients = 4 * n_trained(m)
-    passing = max(passing_terms(c, B, T, item).values())
-    peak = peak_bytes(step, device)
-    row("peak of a step beyond weights and optimiser", expected + gradients + passing, peak, "B")
+    passes = K * (1 + 2 * (1 - m.write_layer / c.n_layer))     # over the weights
+    bound = machine.at_best(found.flops, passes * weights)
+    row(f"K = {K} training step, 1 x {T} tokens", bound, found.seconds, "s")
+    row("the same, throughput; bound: the ceiling", machine.product, found.flops / found.seconds,
+        "FLOP/s")
+    item = machine.dtype.itemsize
+    row("the same, kept for the backward pass", sum(kept_terms(c, m, T, item).values()), kept, "B")
+    held = machine.held + sum(memory_terms(c, m, T, item).values())
+    row("the same, peak memory", held, found.peak, "B")
     if device.type == "cuda":
-        total = torch.cuda.max_memory_allocated()
-        row("peak device memory", sum(memory_terms(c, m, B, T, maskable).values()), total, "B")
-        row("the same; bound: what a card of 24 GB has", CARD, total, "B")
+        row("the same; bound: what a card of 24 GB has", CARD, found.peak, "B")
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
@@ -593,50 +408,51 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=PRESETS, help="default: llada on a GPU, else small")
+    parser.add_argument("--tokens", type=COUNT, nargs="+", help="default: 1024 on a GPU, else 64 "
+                        "and 128")
+    parser.add_argument("--tries", type=COUNT, default=3, help="runs, of which the fastest counts")
     parser.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="for an 8B preset on a "
-                        "CPU: its random weights, 16 GB, written if they are not there")
-    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="load these weights; "
+                        "they are written if they are not there")
     args = parser.parse_args()
     args.device = torch.device(args.device)
-    args.preset = args.preset or ("llada" if args.device.type == "cuda" else "small")
-    if args.device.type == "cpu" and args.preset != "small" and not args.checkpoint:
-        parser.error("an 8B preset on a CPU needs --checkpoint FOLDER with 16 GB of room")
+    on_gpu = args.device.type == "cuda"
+    args.preset = args.preset or ("llada" if on_gpu else "small")
+    args.tokens = args.tokens or ([1024] if on_gpu else [64, 128])
     return args
 
 
 def main() -> None:
     args = arguments()
-    if args.probe:
-        print(json.dumps(probe(args.probe, args.checkpoint, args.device)))
-        return
     c, device = PRESETS[args.preset], args.device
+    dtype = torch.float32 if c == SMALL else torch.bfloat16
     on_gpu = device.type == "cuda"
-    small = args.preset == "small"
-    dtype = torch.float32 if small else torch.bfloat16
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {dtype}, "
           f"{c.kind} with {c.n_layer} layers of width {c.d_model}"
           f"{', compiled' if args.compile else ''}")
-    if not small:
+    if args.checkpoint:
+        write_checkpoint(c, args.checkpoint)
+    if c != SMALL:
         print_memory_table(c, memory_config(c), 1024)
+
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     machine = measure_machine(device, dtype)
     header("what", "bound", "measured", "ratio")
     print(f"| ceilings | | {shown(machine.product, 'FLOP/s')}, {shown(machine.read, 'B/s')} | |")
-
-    if not small and not on_gpu:
-        write_checkpoint(c, args.checkpoint)
-        measure_full_size(c, args.checkpoint, machine)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(SMALL_FILE, Path(folder))
-        measure_loading(SMALL_FILE, Path(folder), device)
-    backbone = random_backbone(c, machine)
+    if args.checkpoint:
+        backbone = measure_loading(c, args.checkpoint, machine)
+    else:
+        backbone = random_backbone(c, machine)
     if args.compile:
         backbone.compile_layers()
-    measure_forward(backbone, *((4, 256) if small else (8, 1024)), machine)
-    measure_sampling(backbone, 256 if small else 512, machine)
-    measure_training(backbone, *((2, 256) if small else (1, 1024)), machine)
+    memory = random_memory(c, device)
+    for T in args.tokens:
+        measure_sampling(backbone, memory, T, machine, args.tries)
+    for T in args.tokens:
+        measure_training(backbone, memory, T, machine, args.tries)
+    cores = (time.process_time() - begin_cpu) / (time.perf_counter() - begin)
+    print(f"\nthis process had {cores:.2f} cores on average")
 
 
 if __name__ == "__main__":

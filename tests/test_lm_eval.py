@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,31 @@ metric_list:
     higher_is_better: true
     regexes_to_ignore: [",", "(?s).*#### "]
 """
+LIKELIHOOD_TASK = """
+task: local_likelihood
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+metric_list:
+  - metric: acc
+"""
+
+
+def harness(folder: Path, task: str, *options: str) -> subprocess.CompletedProcess:
+    """experiments/lm_eval_model.py, with the task file of a folder and without a network."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
+    return subprocess.run(
+        [sys.executable, ROOT / "experiments" / "lm_eval_model.py", "--tasks", task,
+         "--include-path", folder, *options],
+        cwd=folder, env={**os.environ, **ONE_THREAD, **offline}, text=True, timeout=300,
+        capture_output=True)
+
+
+def write_task(folder: Path, text: str) -> None:
+    (folder / "task.yaml").write_text(text.replace("DATA", str(folder / "data.jsonl")))
 
 
 @needs_harness
@@ -40,13 +66,8 @@ def test_the_harness_scores_as_we_do(tmp_path):
     for problem in problems[::3]:
         problem["answer"] += "1"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-    (tmp_path / "task.yaml").write_text(TASK.replace("DATA", str(tmp_path / "data.jsonl")))
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "lm_eval_model.py", "--tasks", "local_dial",
-         "--include-path", tmp_path, "--think", "4", "--steps", "1", "--out", "found.json"],
-        cwd=tmp_path, env={**os.environ, **ONE_THREAD, **offline}, text=True, timeout=300,
-        capture_output=True)
+    write_task(tmp_path, TASK)
+    done = harness(tmp_path, "local_dial", "--think", "4", "--steps", "1", "--out", "found.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())["results"]["local_dial"]
     code, text = run("eval_gsm8k.py", "--data", "data.jsonl", "--think", 4, "--steps", 1,
@@ -59,9 +80,27 @@ def test_the_harness_scores_as_we_do(tmp_path):
 
 
 @needs_harness
-def test_likelihoods_are_refused_in_a_sentence(tmp_path):
-    sys.path.insert(0, str(ROOT / "experiments"))
-    from lm_eval_model import MetaStateLM
-    from model import InputError
-    with pytest.raises(InputError, match="likelihoods"):
-        MetaStateLM.loglikelihood(None, [])
+@pytest.mark.parametrize("task, options, expected", [
+    ("no_such_task", [], "no task 'no_such_task'"),
+    ("humaneval", [], "HF_ALLOW_CODE_EVAL"),
+    ("mbpp", ["--confirm-run-unsafe-code"], "HF_ALLOW_CODE_EVAL"),     # and the variable is not set
+    ("local_dial", [], "local_dial cannot be loaded"),                 # its data file is not there
+    ("hellaswag", [], "cannot be loaded"),                             # nor is a network
+])
+def test_what_cannot_be_run_is_refused_in_a_sentence(task, options, expected, tmp_path,
+                                                     monkeypatch):
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    write_task(tmp_path, TASK)
+    done = harness(tmp_path, task, *options)
+    last = done.stderr.strip().split("\n")[-1]         # the harness itself may log before it
+    assert done.returncode == 1 and last.startswith("error: ") and expected in last, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_harness
+def test_tasks_of_likelihoods_are_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
+    write_task(tmp_path, LIKELIHOOD_TASK)
+    done = harness(tmp_path, "local_likelihood")
+    assert done.returncode == 1 and "likelihoods" in done.stderr.strip().split("\n")[-1]
+    assert "Traceback" not in done.stderr
