@@ -46,6 +46,7 @@ VISIBLE_SHARE = 0.1                # of the maskable tokens teach the tiny backb
 WARMUP = 100                       # steps
 WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.99)
+BACKBONE_FINAL_LR = 0.1            # of its peak; at zero a few look-ups may stay unlearned
 CLIP = 1.0                         # the largest norm of a gradient
 
 # ---------------------------------------------------------------------------------------- DATA
@@ -297,11 +298,11 @@ def memory_loss(backbone: Backbone, lam: float, carry: str) -> Callable:
     return loss
 
 
-def learning_rate(step: int, iters: int, peak: float) -> float:
-    """Linear warm-up, and a cosine down to zero."""
+def learning_rate(step: int, iters: int, peak: float, final: float) -> float:
+    """Linear warm-up, and a cosine from the peak to a final share of it."""
     warmup = min(1, (step + 1) / WARMUP)
     cosine = 0.5 * (1 + math.cos(math.pi * step / iters))
-    return peak * warmup * cosine
+    return peak * warmup * (final + (1 - final) * cosine)
 
 
 def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
@@ -381,9 +382,10 @@ def start_log(log: Path, n_lines: int) -> None:
 
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
-        lr: float, backbone: dict | None = None) -> None:
+        lr: float, final_lr: float = 0.0, backbone: dict | None = None) -> None:
     """Train model in place for iters steps, its checkpoint in path, a log beside it. loss(model,
-    batch): mean over the rows of a batch, and its parts. backbone: that of a memory."""
+    batch): mean over the rows of a batch, and its parts. lr: its peak, of which the share final_lr
+    is left at the end. backbone: that of a memory."""
     is_first_process = run.processes.rank == 0
     settings = {key: str(value) for key, value in vars(run.args).items()
                 if key not in MAY_CHANGE}
@@ -408,7 +410,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
                    "lower --lr (or --backbone-lr), or clean the data")
 
             # 2. a step of the optimiser
-            optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr, final_lr)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -487,7 +489,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
 
     add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=3000, help="(%(default)s)")
+    add("--backbone-iters", type=COUNT, default=2500, help="(%(default)s)")
     add("--backbone-batch", type=COUNT, default=128, help="(%(default)s)")
     add("--backbone-lr", type=POSITIVE, default=3e-3, help="(%(default)s)")
     add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")
@@ -535,7 +537,7 @@ def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
     """Train a tiny backbone in place, as LLaDA is, and save it as a checkpoint folder."""
     batches = run.batches(run.args.backbone_batch, backbone.config.pad_id)
     fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt",
-        iters=run.args.backbone_iters, lr=run.args.backbone_lr)
+        iters=run.args.backbone_iters, lr=run.args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
     if run.processes.rank == 0:
         save_backbone(backbone, run.out / "backbone", words)
 

@@ -247,10 +247,12 @@ def test_one_run_at_a_time_in_a_folder_and_the_lock_dies_with_it(tmp_path, data)
 # ------------------------------------------------------------------------------- the optimiser
 
 
-def test_learning_rate_warms_up_then_falls_to_zero():
-    found = [train.learning_rate(step, 1000, 2.0) for step in (0, 49, 99, 500, 999)]
-    # 2 * warm-up * (1 + cos(pi * step / 1000)) / 2
+def test_learning_rate_warms_up_then_falls_to_its_final_share():
+    """2 * warm-up * (final + (1 - final) * (1 + cos(pi * step / 1000)) / 2)"""
+    found = [train.learning_rate(step, 1000, 2.0, final=0.0) for step in (0, 49, 99, 500, 999)]
     assert found == pytest.approx([0.02, 0.9940875, 1.9520226, 1.0, 4.9348e-6], rel=1e-5)
+    found = [train.learning_rate(step, 1000, 2.0, final=0.1) for step in (0, 500, 999)]
+    assert found == pytest.approx([0.02, 1.1, 0.2], rel=1e-4)
 
 
 @dataclass
