@@ -489,9 +489,9 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
 
     add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=2500, help="(%(default)s)")
+    add("--backbone-iters", type=COUNT, default=3000, help="(%(default)s)")
     add("--backbone-batch", type=COUNT, default=128, help="(%(default)s)")
-    add("--backbone-lr", type=POSITIVE, default=3e-3, help="(%(default)s)")
+    add("--backbone-lr", type=POSITIVE, default=2e-3, help="(%(default)s)")
     add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")
     add("--problems", type=COUNT_OR_ZERO, default=1000, help="0: no tables (%(default)s)")
 
