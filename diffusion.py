@@ -22,7 +22,7 @@ from model import Backbone, Config, ensure, recomputed
 def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 256
                   ) -> tuple[Tensor, Tensor]:
     """Cross-entropy (N,) of picked h (N, D), and the log of the highest probability (N,). With
-    backbone.recompute there are never more logits than (chunk, V), in the backward pass neither."""
+    backbone.recompute there are never more logits than (chunk, V), nor in the backward pass."""
 
     def score(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_p = backbone.head(h).float().log_softmax(-1)               # (chunk, V)
@@ -38,12 +38,11 @@ def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor,
                    visible_share: float = 0.0, eps: float = 1e-3) -> Tensor:
     """Denoising loss at one time per row, weighted by 1/t. ids, maskable (B, T); t (B,) and noise
     (B, T) uniform in [0, 1). With everything maskable this is LLaDA's pretraining loss; with the
-    answer and its end-of-text padding maskable, its SFT loss. visible_share: of all maskable
-    tokens, how many are scored although they are visible, as BERT scores some unchanged tokens."""
+    answer and its end-of-text padding maskable, its SFT loss. visible_share: the share of the
+    maskable tokens that is scored even where it is visible, as BERT scores unchanged tokens."""
     p = (1 - eps) * t[:, None] + eps                                   # (B, 1) mask ratio
     masked = maskable & (noise < p)                                    # (B, T)
-    visible = maskable & (noise >= p) & (noise > 1 - visible_share)    # (B, T)
-    scored = masked | visible                                          # (B, T)
+    scored = masked | (maskable & (noise > 1 - visible_share))         # (B, T)
     h, context = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))
     h = backbone.run(h, context, 0, len(backbone.layers))              # (B, T, D)
     ce, _ = cross_entropy(backbone, backbone.pick(h, scored), ids[scored])     # (N,)
@@ -52,12 +51,21 @@ def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor,
     return (ce * weight[scored]).sum() / len(ids)
 
 
+def spread(values: Tensor, where: Tensor) -> Tensor:
+    """Values (N,) at the N places of a bool (B, T), in float32; 0 elsewhere."""
+    zeros = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
+    return zeros.masked_scatter(where, values.float())
+
+
 def best_positions(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
     """The n (B,) eligible positions of highest score in each row, ties to the left; bool (B, T)."""
     score = score.masked_fill(~eligible, float("-inf"))
     order = score.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)                                        # (B, T), 0 is the best
     return eligible & (rank < n[:, None])
+
+
+CARRY = ("keep", "reset", "shuffle")
 
 
 def carry_over(carry: str, memory: MetaState, slots: Tensor) -> Tensor:
@@ -81,7 +89,8 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     there. ids, maskable, noise (B, T); counts (B, K): n_k, which sum to N, the row's maskable
     positions; by_confidence (B,) bool: rows that reveal where the model is surest, not at random.
     think: passes over the unwritten answer before step 1, whose slots the unroll begins with, so
-    that a memory learns to keep what it knows for longer than K steps.
+    that a memory learns to keep what it knows for longer than K steps. A control that carries
+    nothing over would gain nothing from them.
     Returns the mean of L over rows, and that of dense_k for each k, (K,).
     """
     mask_id = backbone.config.mask_id
@@ -91,7 +100,8 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         unwritten = ids.masked_fill(maskable, mask_id)                 # (B, T)
         with torch.no_grad():          # progressive training: no gradient through these passes
             for _ in range(think):
-                _, slots = memory.step(backbone, unwritten, slots, maskable=maskable, wanted=masked)
+                _, slots = memory.step(backbone, unwritten, slots, maskable=maskable,
+                                       wanted=maskable)
 
     loss = 0.0
     dense_by_step = []
@@ -101,9 +111,8 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         h, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
-        ce, confidence = cross_entropy(backbone, h, ids[masked])       # (N,) both
-        ce = torch.zeros_like(noise).masked_scatter(masked, ce)        # (B, T)
-        confidence = torch.zeros_like(noise).masked_scatter(masked, confidence)
+        scored = cross_entropy(backbone, h, ids[masked])               # (N,) both
+        ce, confidence = (spread(values, masked) for values in scored) # (B, T) both
 
         # 3. the n_k positions to reveal
         score = torch.where(by_confidence[:, None], confidence, noise)
@@ -126,18 +135,17 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
 
 LLADA_REMASKING = ("low_confidence", "random")
 DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
-CARRY = ("keep", "reset", "shuffle")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is denoised. Raises InputError for settings that cannot work together."""
     gen_length: int = 128              # tokens of the answer; 0: only the masks in the prompt
-    steps: int = 128                   # passes that reveal, shared out evenly over the blocks;
-                                       # a threshold takes as many as it needs
+    steps: int = 128                   # passes that reveal, shared out evenly over the blocks
     block_length: int | None = None    # the answer is written block by block; None: all at once
     think: int = 0                     # passes before the first token, which change the memory only
-    threshold: float | None = None     # reveal all that is surer, in as many passes as that takes
+    threshold: float | None = None     # instead of steps: reveal every token with at least this
+                                       # confidence, in as many passes as that takes
     remasking: str = "low_confidence"  # how the tokens to reveal are chosen
     temperature: float = 0.0
     top_p: float | None = None         # Dream: the smallest set of tokens with this probability
@@ -163,7 +171,11 @@ class Sampling:
 
     @property
     def n_blocks(self) -> int:
-        return max(1, self.gen_length // (self.block_length or max(1, self.gen_length)))
+        return max(1, self.gen_length // self.block_length) if self.block_length else 1
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.steps // self.n_blocks
 
 
 class Pass(NamedTuple):
@@ -172,7 +184,7 @@ class Pass(NamedTuple):
     revealed: Tensor                   # (B, T) bool: what it did reveal
     guess: Tensor                      # (B, T): the canvas with what it would write where eligible
     confidence: Tensor                 # (B, T): how sure it is of that
-    slots: Tensor | None               # (B, M, d) after the pass
+    slots: Tensor | None               # (B, M, d) after the pass; with guidance (2 B, M, d)
 
 
 @torch.no_grad()
@@ -189,8 +201,8 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     s = Sampling(**settings)
     c = backbone.config
     B, P = prompt_ids.shape
-    ensure(carry != "shuffle" or B > 1, "carry = shuffle needs two samples or more to exchange "
-           "memories; raise the batch size")
+    ensure(carry != "shuffle" or (B > 1 and s.cfg_scale == 0), "carry = shuffle exchanges memories "
+           "between the samples of a batch; give two or more, and no guidance")
     canvas = F.pad(prompt_ids, (0, s.gen_length), value=c.mask_id)     # (B, T), T = P + gen_length
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, s.gen_length), value=1)
@@ -204,12 +216,11 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
 
     for block in range(s.n_blocks):
         in_block = maskable.clone()                                    # (B, T)
-        if block < s.n_blocks - 1:
-            in_block[:, P + (block + 1) * s.block_length:] = False
+        in_block[:, P + (block + 1) * (s.gen_length // s.n_blocks):] = False
         n_begin = (in_block & (canvas == c.mask_id)).sum(1)            # (B,)
-        for step in count(-s.think if block == 0 else 0):
+        for step in count(-s.think if block == 0 else 0):              # below 0: think
             eligible = in_block & (canvas == c.mask_id)                # (B, T)
-            steps_are_over = step == s.steps // s.n_blocks and s.threshold is None
+            steps_are_over = step == s.steps_per_block and s.threshold is None
             if steps_are_over or not eligible.any():
                 break
             turn = Turn(eligible, n_begin, step, s, c, streams)
@@ -253,16 +264,10 @@ class Turn(NamedTuple):
     """Where the sampler stands in one pass: all that its small functions need to know."""
     eligible: Tensor                   # (B, T) bool, N of them True
     n_begin: Tensor                    # (B,): how many were masked when the block began
-    step: int                          # of the block, from 0
+    step: int                          # of the block; below 0 while the memory thinks
     sampling: Sampling
     config: Config
     streams: RandomStreams
-
-
-def spread(values: Tensor, eligible: Tensor) -> Tensor:
-    """Values (N,) at their places among the eligible positions, (B, T); 0 elsewhere."""
-    zeros = torch.zeros(eligible.shape, dtype=torch.float32, device=eligible.device)
-    return zeros.masked_scatter(eligible, values.float())
 
 
 def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
@@ -337,35 +342,35 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
     """Logits (N, V) with all but the tokens of top_p and top_k at the lowest number. The likeliest
     token that is no mask always stays, so that there is one to write."""
     lowest = torch.finfo(logits.dtype).min
-    found = logits
+    kept = logits
     if s.top_p is not None and s.top_p < 1:
-        ordered, index = found.sort(descending=True)
+        ordered, index = kept.sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) > s.top_p              # (N, V)
         beyond = F.pad(beyond, (1, -1))            # the first one beyond top_p stays
         beyond = torch.zeros_like(beyond).scatter(1, index, beyond)
-        found = found.masked_fill(beyond, lowest)
+        kept = kept.masked_fill(beyond, lowest)
     if s.top_k is not None:
-        k = min(s.top_k, found.shape[1])
-        least = found.topk(k).values[:, -1:]                           # (N, 1)
-        found = found.masked_fill(found < least, lowest)
+        k = min(s.top_k, kept.shape[1])
+        least = kept.topk(k).values[:, -1:]                           # (N, 1)
+        kept = kept.masked_fill(kept < least, lowest)
     no_mask = logits.clone()
     no_mask[:, mask_id] = float("-inf")
     best = no_mask.argmax(-1, keepdim=True)                            # (N, 1)
-    return found.scatter(1, best, logits.gather(1, best))
+    return kept.scatter(1, best, logits.gather(1, best))
 
 
 # Five ways to select what is revealed: from confidences (B, T), bool (B, T).
 
 def quota(turn: Turn) -> Tensor:
     """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
-    steps = turn.sampling.steps // turn.sampling.n_blocks
+    steps = turn.sampling.steps_per_block
     one_more = turn.step < turn.n_begin % steps
     return turn.n_begin // steps + one_more.long()
 
 
 def share(turn: Turn) -> Tensor:
     """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
-    steps = turn.sampling.steps // turn.sampling.n_blocks
+    steps = turn.sampling.steps_per_block
     if turn.step == steps - 1:
         return torch.tensor(1.0)
     timesteps = torch.linspace(1, 1e-3, steps + 1)
@@ -402,9 +407,9 @@ def select_by_chance(confidence: Tensor, turn: Turn) -> Tensor:
 
 def select_above_threshold(confidence: Tensor, turn: Turn) -> Tensor:
     """Fast-dLLM: all that the model is surer of than the threshold, at least the surest one."""
-    one = turn.eligible.sum(1).clamp(max=1)                            # (B,)
+    one = torch.ones_like(turn.n_begin)                                # (B,)
     surest = best_positions(confidence, turn.eligible, one)
-    return turn.eligible & (confidence >= turn.sampling.threshold) | surest
+    return surest | (turn.eligible & (confidence >= turn.sampling.threshold))
 
 
 SELECT = {

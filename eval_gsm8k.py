@@ -156,7 +156,7 @@ def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: l
     parts = []
     for shot in shots:
         answer = shot["answer"]
-        if protocol.question == COT:
+        if protocol.question == COT:                   # as lm-eval's gsm8k_cot writes its examples
             answer = re.sub("<<.*?>>", "", answer).replace("\n#### ", "\nThe answer is ") + "."
         parts.append(protocol.question.format(shot["question"]) + " " + answer)
     parts.append(protocol.question.format(problem["question"]))
@@ -242,8 +242,9 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
              memory: MetaState | None = None, carry: str = "keep", batch_size: int = 32,
              seed: int = 0, look_at: tuple[int, ...] = ()) -> Iterator[dict]:
     """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
-    correct, passes}. settings: of Sampling. No answer depends on its batch, but for shuffle. With
-    look_at instead what would be written at once after each of these numbers of passes."""
+    correct, passes}. settings: of Sampling. No answer depends on its batch, except under shuffle.
+    With look_at, the rows are instead what would be written at once after each of these numbers of
+    passes."""
     if todo is None:
         todo = list(range(len(problems)))
     n_batches = math.ceil(len(todo) / batch_size)
@@ -276,7 +277,7 @@ def judge(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int
 def answer_text(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
     """The text of an answer up to the first stop, without control tokens."""
     text = tokenizer.decode(ids)
-    for stop in stops:
+    for stop in stops:                 # which may be a control token
         text = text.split(stop)[0]
     return tokenizer.decode(tokenizer.encode(text), skip_special=True)
 
@@ -305,8 +306,8 @@ def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
     return difference.mean(), low, high
 
 
-# --------------------------------------------------------------------------- THE TWO TABLES
-# Both are printed by train.py. Thinking: the whole answer is written at once after N passes, in
+# ------------------------------------------------------------------------------ THE TABLES
+# Printed by train.py. Thinking: the whole answer is written at once after N passes, in
 # which nothing is revealed. Schedules: how tokens are revealed, pass by pass.
 
 THINKING_PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 20)
@@ -446,7 +447,7 @@ def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
         with blame(f"{path} line {number}", "remove that line, its problem is answered again"):
             index = row["index"]
             if type(index) is not int or index not in indices:
-                raise ValueError(f"index {index!r} is none of its {len(indices)} problems")
+                raise ValueError(f"index {index!r} is not one of its {len(indices)} problems")
             passes = row["passes"]
             if type(row["correct"]) is not bool:
                 raise ValueError("correct is no boolean")
@@ -507,7 +508,7 @@ def arguments() -> argparse.Namespace:
     add("--protocol", choices=PROTOCOLS, help="default: by --init")
     add("--rule", choices=RULES_OF_ANSWERS, help="default: the protocol's")
     add("--limit", type=COUNT, help="only the first so many problems")
-    add("--out", type=Path, help="results, gone on with if there are some (default: in out/eval)")
+    add("--out", type=Path, help="results, resumed if there are some (default: in out/eval)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two results and exit")
     add("--batch-size", type=COUNT, default=16)
     add("--carry", default="keep", choices=CARRY,
@@ -552,19 +553,19 @@ def main() -> None:
     # 2. what is not answered yet, every process its share of the problems
     device, (rank, world) = start_device(args.device)
     backbone, tokenizer, memory, identity = open_models(choice, args, device)
-    setting = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
-               "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
-               "sampling": settings}
+    made_with = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
+                 "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
+                 "sampling": settings}
     if args.carry == "shuffle":
-        setting["batch_size"] = args.batch_size        # whose memory a row gets hangs on it
-    default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(setting)}.jsonl"
+        made_with["batch_size"] = args.batch_size      # whose memory a row gets depends on it
+    default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(made_with)}.jsonl"
     out = args.out or default_out
     if rank == 0 and not out.exists():
         with write_atomically(out) as file:
-            file.write(json.dumps({"setting": setting}).encode() + b"\n")
+            file.write(json.dumps({"setting": made_with}).encode() + b"\n")
     if world > 1:
         torch.distributed.barrier()                    # now the file is there
-    rows = rows_so_far(out, setting)
+    rows = rows_so_far(out, made_with)
     todo = [i for i in range(rank, len(problems), world) if i not in rows]
     begin = time.time()
     with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
@@ -579,7 +580,7 @@ def main() -> None:
     if world > 1:
         torch.distributed.barrier()                    # now all is answered
     if rank == 0:
-        print_score(out, setting, time.time() - begin)
+        print_score(out, made_with, time.time() - begin)
 
 
 if __name__ == "__main__":

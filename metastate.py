@@ -9,16 +9,17 @@ One denoising step. The memory s has M slots of width d, whatever the length T o
                                         |                  v
   s (B, M, d) --------------------------+-------------> Updater ------> s' (B, M, d)
 
-The Updater is a gated recurrent unit, s' = (1 - z) s + z n. All three see the time t, the masked
-fraction, through one conditioner. In training, K steps:
+The Updater is a gated recurrent unit, s' = (1 - z) s + z n. Injector, Mixer and Updater see the
+time t, the masked fraction, through one conditioner. In training, K steps:
 
-  s0 --> step 1 --> s1 --> step 2 --> s2 --> ... --> step K         s0: learned
-            |                 |                         |           ids of the next step: these,
-          loss 1            loss 2                    loss K        with some tokens revealed
+  s0 --> step 1 --> s1 --> step 2 --> s2 --> ... --> step K
+            |                 |                         |
+          loss 1            loss 2                    loss K
 
-Gradients run right to left along the whole chain of s, and within a step through layers w..L,
-whose weights are frozen; they stop at layers 0..w and at the tokens. The module holds no state:
-slots go in and slots come out, and nothing in them grows with T. Cost: O(T M).
+s0 is learned; the ids of a step are those of the step before with some tokens revealed. Gradients
+run right to left along the whole chain of s, and within a step through layers w..L, whose weights
+are frozen; they stop at layers 0..w and at the tokens. The module holds no state: slots go in and
+slots come out, and nothing in them grows with T. Cost: O(T M).
 """
 import math
 from dataclasses import asdict, dataclass
@@ -75,7 +76,8 @@ class TimeConditioner(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose gain follows the time: x / rms(x) * (1 + gain(time)), in float32."""
+    """RMSNorm whose gain follows the time: x / rms(x) * (1 + gain(time)), in float32. Here and
+    below, time is what the conditioner makes of t, (B, 1, d_time)."""
 
     def __init__(self, d: int, d_time: int):
         super().__init__()
@@ -157,16 +159,17 @@ class MetaState(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All initialisation. The Injector's output is zero: an untrained memory is a no-op."""
+        """All initialisation: every weight of size 1 / sqrt(inputs) and every bias 0, and then what
+        differs. The Injector's output is zero: an untrained memory is a no-op."""
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
+            else:
+                nn.init.zeros_(p)
         nn.init.normal_(self.slots, std=0.5)
         nn.init.constant_(self.sharpness, 1.0)
         nn.init.zeros_(self.sharpness[:, :self.config.n_free_head])
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
             if isinstance(module, AdaRMSNorm):
                 nn.init.zeros_(module.gain.weight)
         nn.init.zeros_(self.injector.out.weight)
@@ -180,7 +183,8 @@ class MetaState(nn.Module):
 
         The slots are anchored evenly along the maskable positions, so that each looks first at
         its own stretch of the answer: -(sharpness * distance) ** 2, distance in units of slots.
-        Prompt and padding do not move the anchors. A free head (sharpness 0) sees all alike.
+        Prompt and padding do not move the anchors: they all stand just before the answer. A free
+        head (sharpness 0) sees all alike.
         """
         M = self.config.n_slots
         n_maskable = maskable.sum(1, keepdim=True).clamp(min=1)        # (B, 1)
@@ -209,7 +213,7 @@ class MetaState(nn.Module):
         # The memory's weights are float32 and compute in the backbone's precision. Recomputed with
         # the layers: else every step of an unroll would keep bf16 copies of them.
         precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
-        recompute = backbone.recompute and torch.is_grad_enabled()
+        recompute = backbone.recompute
         to_tokens, to_slots = self.anchors(maskable)                   # (B, H, M, T), (B, H, T, M)
         if attention_mask is not None:
             padding = attention_mask[:, None, None, :] == 0            # (B, 1, 1, T)
@@ -238,7 +242,7 @@ class MetaState(nn.Module):
 
 # ------------------------------------------------------------------------------- SAVE AND LOAD
 
-NOT_OURS = "give a memory.pt that train.py wrote"
+GIVE_CHECKPOINT = "give a checkpoint that train.py wrote"
 
 
 def save_checkpoint(path: Path, model: nn.Module, config: object, **more: object) -> None:
@@ -249,7 +253,7 @@ def save_checkpoint(path: Path, model: nn.Module, config: object, **more: object
 
 def load_checkpoint(path: Path) -> dict:
     """What save_checkpoint wrote; nothing in the file is executed. Raises InputError."""
-    with blame(path, NOT_OURS):
+    with blame(path, GIVE_CHECKPOINT):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not {"model", "config", "settings"} <= state.keys():
             raise ValueError("it is no checkpoint of train.py")
@@ -260,24 +264,22 @@ def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -
     """The memory of a checkpoint, on the backbone's device, in eval mode. Raises InputError for a
     memory that was trained on another backbone, unless any_backbone says that this is meant."""
     state = load_checkpoint(path)
-    with blame(path, NOT_OURS):
+    with blame(path, GIVE_CHECKPOINT):
         config = MemoryConfig(**state["config"])
-    check_config(config, path)
-    found = state.get("backbone")
-    with blame(path, NOT_OURS):
-        known, name = found["digest"] == backbone.digest(), found["name"]
-    ensure(known or any_backbone, f"{path} was trained on another backbone, {name}; give that by "
-           "--init, or --any-backbone if you know better")
-    ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
-           f"{config.d_model}, not {backbone.config.d_model}; give the right --init")
-    layers_fit = config.write_layer <= config.read_layer <= len(backbone.layers)
-    heads_fit = config.n_head > 0 and config.d_slot % config.n_head == 0
-    ensure(layers_fit and heads_fit, f"{path} has a config that does not fit together, {config}; "
-           f"{NOT_OURS}")
-    with blame(path, NOT_OURS):
+        check_config(config, path)
+        known = state["backbone"]["digest"] == backbone.digest()
+        name = state["backbone"]["name"]
+        ensure(known or any_backbone, f"{path} was trained on another backbone, {name}; give that "
+               "by --init, or --any-backbone if you know better")
+        ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
+               f"{config.d_model}, not {backbone.config.d_model}; give the right --init")
+        layers_fit = config.write_layer <= config.read_layer <= len(backbone.layers)
+        heads_fit = config.n_head > 0 and config.d_slot % config.n_head == 0
+        if not (layers_fit and heads_fit):
+            raise ValueError(f"its config does not fit together, {config}")
         with torch.device("meta"):         # no size in the file is believed before its tensors are
             memory = MetaState(config)
         memory.load_state_dict(state["model"], assign=True)
         if not all(p.isfinite().all() for p in memory.parameters()):
-            raise ValueError("it has weights that are no numbers")
+            raise ValueError("it has weights that are not finite")
     return memory.to(backbone.embedding.weight.device, torch.float32).eval()

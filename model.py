@@ -188,7 +188,7 @@ class Layer(nn.Module):
 def recomputed(function: Callable, *inputs: Any, enabled: bool) -> Any:
     """function(*inputs). Enabled, its activations are not kept: the backward pass makes them
     again."""
-    if not enabled:
+    if not (enabled and torch.is_grad_enabled()):
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -227,7 +227,7 @@ class Backbone(nn.Module):
     def run(self, h: Tensor, context: AttentionContext, start: int, stop: int) -> Tensor:
         """Layers start..stop-1 on the residual stream h (B, T, D)."""
         for layer in self.layers[start:stop]:
-            h = recomputed(layer, h, context, enabled=self.recompute and h.requires_grad)
+            h = recomputed(layer, h, context, enabled=self.recompute)
         return h
 
     def pick(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
@@ -570,7 +570,7 @@ def cache_folder() -> Path:
 
 
 def retry(what: str, attempt: Callable[[], Any]) -> Any:
-    """attempt(), again after what may pass: 429, a server's error, a broken transfer. Raises
+    """attempt(), again after what may pass soon: 429, a server's error, a broken transfer. Raises
     InputError at once where there is no connection or the server refuses, else after the last."""
     for pause in (2, 8, 30, 60, None):                 # seconds
         try:

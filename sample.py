@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from diffusion import DREAM_REMASKING, LLADA_REMASKING, Pass, Sampling, generate
-from metastate import NOT_OURS, MetaState, load_checkpoint, load_memory
+from metastate import GIVE_CHECKPOINT, MetaState, load_checkpoint, load_memory
 from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
                    load_backbone, load_tokenizer, read_config, write_atomically)
 
@@ -65,7 +65,7 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
         sys.exit(f"error: {error.filename or 'the output'} cannot be used ({error.strerror})")
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
+def between(kind: type, low: float, high: float) -> Callable[[str], int | float]:
     """A type for argparse: a number from low to high, which nan is not."""
     def parse(text: str) -> int | float:
         value = kind(text)
@@ -77,12 +77,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], int | float]:
     return parse
 
 
-COUNT = number(int, 1, 10 ** 9)
-COUNT_OR_ZERO = number(int, 0, 10 ** 9)
-SEED = number(int, 0, 2 ** 32)
-SHARE = number(float, 0, 1)
-POSITIVE = number(float, 1e-30, 1e30)
-NOT_NEGATIVE = number(float, 0, 1e6)
+COUNT = between(int, 1, 10 ** 9)
+COUNT_OR_ZERO = between(int, 0, 10 ** 9)
+SEED = between(int, 0, 2 ** 32)
+SHARE = between(float, 0, 1)
+POSITIVE = between(float, 1e-30, 1e30)
+NOT_NEGATIVE = between(float, 0, 1e6)
 
 
 class Processes(NamedTuple):
@@ -162,7 +162,7 @@ def choose_models(args: argparse.Namespace) -> Choice:
     # 2. the backbone: the one given, else the one that the memory was trained on
     if memory:
         state = load_checkpoint(memory)
-        with blame(memory, NOT_OURS):
+        with blame(memory, GIVE_CHECKPOINT):
             trained_on = str(state["backbone"]["name"])
         name = name or trained_on
         ensure(args.init != "tiny" or name == "tiny", f"{memory} was trained on {name}, not on a "
@@ -210,10 +210,10 @@ SAMPLING_DEFAULTS = {
 def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     """An option for each field of Sampling; None where it was not given."""
     add = parser.add_argument_group(f"sampling (default: {default})").add_argument
-    add("--gen-length", type=number(int, 1, 10 ** 5), help="tokens of the answer")
+    add("--gen-length", type=between(int, 1, 10 ** 5), help="tokens of the answer")
     add("--steps", type=COUNT, help="passes that reveal tokens")
     add("--block-length", type=COUNT, help="write the answer block by block")
-    add("--think", type=number(int, 0, 10 ** 5), help="passes before the first token is revealed")
+    add("--think", type=between(int, 0, 10 ** 5), help="passes before the first token is revealed")
     add("--threshold", type=SHARE, help="reveal whatever is surer, in as many passes as it takes")
     add("--remasking", choices=LLADA_REMASKING + DREAM_REMASKING, help="how tokens are chosen")
     add("--temperature", type=NOT_NEGATIVE, help="0: the likeliest token")
@@ -361,7 +361,7 @@ def arguments() -> argparse.Namespace:
     add("--prompt", help="what the user says (default: an example)")
     add("--answer", help="the number that is right, for the page (default: the example's)")
     add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _")
-    add("--num-samples", type=number(int, 1, 10 ** 4), default=1)
+    add("--num-samples", type=between(int, 1, 10 ** 4), default=1)
     add("--show-steps", action="store_true", help="print every pass, and the change of each slot")
     add("--html", type=Path, metavar="FILE", help="write every pass as a page")
     add_sampling_options(parser, "the model's own")

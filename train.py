@@ -2,7 +2,7 @@
 
 Without arguments, on any machine: trains the tiny backbone on the built-in problems, freezes it,
 trains MetaState on it by K-step unrolling and the same modules without persistence as a control,
-evaluates all of them and prints two tables. With --init llada or dream: fetches the weights and
+evaluates all of them and prints tables. With --init llada or dream: fetches the weights and
 50,000 conversations of Tulu-3, and trains the memory. torchrun --nproc-per-node N train.py ...
 shares every batch out. All random draws follow from seed, step and row, so that a resumed run, or
 one on more processes, sees what an uninterrupted one sees.
@@ -39,7 +39,7 @@ from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, chec
                    fetch_json, load_backbone, load_tokenizer, locked, read_config, save_backbone,
                    tiny_tokenizer, write_atomically)
 from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
-                    number, run_program, start_device)
+                    between, run_program, start_device)
 
 THINK_SHARE = 0.5                  # of the batches begin with passes that reveal nothing
 VISIBLE_SHARE = 0.1                # of the maskable tokens teach the tiny backbone though visible
@@ -180,7 +180,7 @@ class TokenIds(NamedTuple):
 def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: int
              ) -> list[TokenIds]:
     """What is longer than max_length is dropped, with a count. Raises InputError if nothing is
-    left. Without threads: a Ctrl-C within a pool can leave one of its locks taken for ever."""
+    left."""
     examples = []
     for text in tqdm(texts, desc="tokenise", leave=False, disable=None):
         if isinstance(text.prompt, str):
@@ -198,11 +198,11 @@ def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: i
     return fitting
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)                   # so that lru_cache can tell two of them apart
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
     examples: list[TokenIds]
-    batch: int                         # rows of a step, over all processes and passes
+    batch: int                         # rows of a step, over all processes and micro-batches
     seed: int
     pad_id: int
     answer_length: int                 # the shortest length that answers are padded to
@@ -222,7 +222,7 @@ class Batches:
         they are sorted by length, which keeps padding small; the batches are shuffled again."""
         rng = np.random.default_rng((self.seed, number))
         order = rng.permutation(len(self.examples))
-        order = np.resize(order, self.per_epoch * self.batch)
+        order = np.resize(order, self.per_epoch * self.batch)  # few examples are repeated
         size = 64 * self.batch
         windows = np.split(order, range(size, len(order), size))
         by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
@@ -252,7 +252,8 @@ class Batches:
         epoch, i = divmod(step, self.per_epoch)
         chosen = self.epoch(epoch)[i]
         T = self.lengths[chosen].max()
-        rows = [self.row(step, b, self.examples[chosen[b]], T) for b in range(self.batch)[part]]
+        numbers = range(self.batch)[part]
+        rows = [self.row(step, b, self.examples[chosen[b]], T) for b in numbers]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
                  for name in rows[0]}
         rng = np.random.default_rng((self.seed, step, self.batch))     # no row has this number
@@ -263,7 +264,7 @@ class Batches:
 
 # ---------------------------------------------------------------------------------------- LOOP
 
-# Options that may change when a run is resumed; its results hang on all others.
+# Options that may change when a run is resumed; all others must stay as they were.
 MAY_CHANGE = ("lr", "backbone_lr", "out", "resume", "save_every", "weights", "device", "compile",
               "accumulate", "keep_activations", "split", "problems")
 
@@ -285,7 +286,8 @@ class Run(NamedTuple):
 
 
 def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
-    # A visible token predicts itself: what the Injector writes does not unsay its own position.
+    # Some visible tokens are scored, too. So the layer learns to keep a token whose embedding is in
+    # the residual stream, and will not erase what the Injector writes at a masked position.
     loss = diffusion_loss(backbone, batch["ids"], batch["maskable"], batch["t"], batch["noise"],
                           visible_share=VISIBLE_SHARE)
     return loss, loss.detach()[None]
@@ -308,14 +310,14 @@ def learning_rate(step: int, iters: int, peak: float, final: float) -> float:
 def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
                     ) -> list[float]:
     """Leave the gradient of the mean over the global batch in the parameters, and return that mean
-    and its parts. A process takes its rows in some passes; then the processes add up."""
+    and its parts. A process takes its rows in micro-batches; then the processes add up."""
     rank, world = run.processes
-    passes = run.args.accumulate
-    n_shares = world * passes
+    micro_batches = run.args.accumulate
+    n_shares = world * micro_batches
     rows = batches.batch // n_shares
     losses = 0
-    for i in range(passes):
-        first = (rank * passes + i) * rows
+    for i in range(micro_batches):
+        first = (rank * micro_batches + i) * rows
         batch = batches(step, slice(first, first + rows), run.device)
         value, parts = loss(model, batch)
         (value / n_shares).backward()
@@ -370,7 +372,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("its optimiser is that of another model")
         if type(state["step"]) is not int or not 0 <= state["step"] <= iters:
-            raise ValueError("its step is none of this run")
+            raise ValueError("its step lies outside this run")
     return state["step"]
 
 
@@ -383,9 +385,12 @@ def start_log(log: Path, n_lines: int) -> None:
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
         lr: float, final_lr: float = 0.0, backbone: dict | None = None) -> None:
-    """Train model in place for iters steps, its checkpoint in path, a log beside it. loss(model,
-    batch): mean over the rows of a batch, and its parts. lr: its peak, of which the share final_lr
-    is left at the end. backbone: that of a memory."""
+    """Train model in place for iters steps, its checkpoint in path, a log beside it.
+
+    loss(model, batch): the mean over the rows of a batch, and a vector of its parts, of which the
+    first and the last are shown. lr: the peak; the share final_lr of it is left at the end.
+    backbone: name and digest of the one that a memory is trained on.
+    """
     is_first_process = run.processes.rank == 0
     settings = {key: str(value) for key, value in vars(run.args).items()
                 if key not in MAY_CHANGE}
@@ -402,7 +407,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
 
     with stop_signals() as received:
         for step in bar:
-            # 1. the gradient; a number that is none is neither stepped nor saved
+            # 1. the gradient; where it is not finite nothing is stepped or saved
             value, *parts = global_gradient(run, model, loss, batches, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
             ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
@@ -464,7 +469,7 @@ def arguments() -> argparse.Namespace:
         help="longer examples, in tokens, are dropped (%(default)s)")
 
     add = parser.add_argument_group("unrolling").add_argument
-    add("--K", type=number(int, 1, 1000), default=Default(6, 4),
+    add("--K", type=between(int, 1, 1000), default=Default(6, 4),
         help="denoising steps of a trajectory (%(default)s)")
     add("--lam", type=SHARE, default=0.5,
         help="weight of the loss on every masked token; the rest is on those revealed next "
@@ -473,7 +478,7 @@ def arguments() -> argparse.Namespace:
         help="Dirichlet concentration: the larger, the more alike the steps (%(default)s)")
     add("--confident", type=SHARE, default=Default(1.0, 0.0),
         help="share of the rows that reveal where the model is surest, not at random (%(default)s)")
-    add("--think", type=number(int, 0, 10 ** 5), default=Default(16, 12),
+    add("--think", type=between(int, 0, 10 ** 5), default=Default(16, 12),
         help="half of the batches begin with up to so many passes that reveal nothing and have no "
         "gradient (%(default)s)")
     add("--carry", default="keep", choices=("keep", "reset"),
@@ -483,9 +488,9 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument_group("optimiser").add_argument
     add("--iters", type=COUNT, default=Default(1400, 3000), help="steps (%(default)s)")
     add("--batch", type=COUNT, default=Default(64, 16),
-        help="rows of a step, over all processes and passes (%(default)s)")
+        help="rows of a step, over all processes and micro-batches (%(default)s)")
     add("--accumulate", type=COUNT, default=Default(1, 16),
-        help="passes in which a process takes its rows of a step (%(default)s)")
+        help="micro-batches in which a process takes its rows of a step (%(default)s)")
     add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
 
     add = parser.add_argument_group("tiny backbone and tables").add_argument
@@ -508,7 +513,7 @@ def check_options(args: argparse.Namespace, out: Path) -> None:
     weights = args.weights
     if args.init == "tiny":
         sizes["--backbone-batch"] = args.backbone_batch
-        ensure(not weights, "--init tiny trains a backbone of its own; leave --weights away, or "
+        ensure(not weights, "--init tiny trains a backbone of its own; omit --weights, or "
                "give the folder by --init")
     elif weights or args.init not in PRESETS:
         kind = read_config(weights or Path(args.init)).kind
@@ -521,7 +526,7 @@ def check_options(args: argparse.Namespace, out: Path) -> None:
     has_run = (out / "backbone").exists() or any(out.glob("*.pt"))
     ensure(args.resume or not has_run, f"{out} holds a run; go on with it by --resume, or give "
            "another --out")
-    ensure(has_run or not args.resume, f"{out} holds nothing to go on with; leave --resume away")
+    ensure(has_run or not args.resume, f"{out} holds nothing to go on with; omit --resume")
 
 
 def find_texts(args: argparse.Namespace) -> list[Text]:

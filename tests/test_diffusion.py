@@ -252,7 +252,7 @@ def test_memory_between_steps(backbone, memory):
     assert torch.equal(found["keep"][0], found["shuffle"][0])
     assert not torch.equal(found["keep"][1], found["reset"][1])
     assert not torch.equal(found["keep"][1], found["shuffle"][1])
-    with pytest.raises(InputError, match="two samples"):
+    with pytest.raises(InputError, match="two or more"):
         generate(backbone, prompt[:1], gen_length=8, steps=4, memory=memory, carry="shuffle")
 
 
