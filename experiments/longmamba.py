@@ -264,7 +264,8 @@ def find_threshold(curve: Tensor, length: int) -> Tensor:
 
 def calibrate(model: Mamba, ids: Tensor, lengths: list[int], clamp: float) -> Calibration:
     """From sequences (n, L) of the training length. clamp: C, the share of a sequence's largest
-    Delta that are cut down to the smallest among them."""
+    Delta that are cut down to the smallest among them, the cap. No threshold is above the cap, so
+    on very long inputs a share of about C is kept, which is more than the budget."""
     layers = []
     for layer, delta in zip(model.layers, record_delta(model, ids)):
         curve = delta.sort(dim=1, descending=True).values              # (n, L, E)
