@@ -1,8 +1,8 @@
 """LongMamba (arXiv 2504.16053, ICLR 2025): a training-free filter that keeps Mamba's memory alive
 on inputs much longer than those it was trained on.
 
-    python experiments/longmamba.py --seeds 0 1 2      # train, filter, compare; some minutes a seed
-    python experiments/longmamba.py --plot             # draw assets/longmamba.png from the results
+    python experiments/longmamba.py --seeds 0 1 2      # train, filter, compare: some minutes a seed
+    python experiments/longmamba.py --seeds 0 1 2 --plot assets/longmamba.png     # and draw
 
 A channel of Mamba forgets by exp(Delta_t A) at every token. Over the training length L the product
 of these decays stays near 1 in some channels, the global ones, and vanishes in others, the local
@@ -26,12 +26,15 @@ huggingface.co (not tried on them), and token ids (1, 16000) of EleutherAI/gpt-n
     model = load_mamba(path, MAMBA_130M)
     calibration = calibrate(model, texts, [16000], clamp=0.2)          # texts (5, 2000)
     logits, states = model(ids, rules=make_rules(calibration, 16000, theta=1e-30))
+
+Read MAMBA and LONGMAMBA for the method; the rest is a language to try it on, and a report.
 """
 import argparse
-import json
+import importlib.util
 import math
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -45,7 +48,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model import InputError, blame, read_safetensors, write_atomically  # noqa: E402
+from eval_gsm8k import wilson  # noqa: E402
+from model import blame, check_output, ensure, read_safetensors, write_atomically  # noqa: E402
+from sample import SEED, run_program  # noqa: E402
 
 Rule = Callable[[Tensor], Tensor]          # Delta (B, T, E) -> Delta (B, T, E)
 
@@ -74,10 +79,11 @@ def sequential_scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Te
     x, delta (B, T, E); A (N, E); write, read (B, T, N): the B_t and C_t above; h (B, N, E).
     Returns y (B, T, E) and the last h. E comes last because neighbours in memory are fast.
     """
+    inputs = delta * x
     outputs = []
     for t in range(x.shape[1]):
         decay = torch.exp(delta[:, t, None] * A)                       # (B, N, E)
-        update = (delta * x)[:, t, None] * write[:, t, :, None]        # (B, N, E)
+        update = inputs[:, t, None] * write[:, t, :, None]             # (B, N, E)
         h = decay * h + update
         y = (read[:, t, :, None] * h).sum(dim=1)                       # (B, E)
         outputs.append(y)
@@ -86,42 +92,30 @@ def sequential_scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Te
 
 def chunked_scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Tensor, h: Tensor
                  ) -> tuple[Tensor, Tensor]:
-    """sequential_scan in about 2 sqrt(T) steps: K chunks of Q tokens run side by side."""
-    length = x.shape[1]
+    """sequential_scan in about 3 sqrt(T) steps: K chunks of Q tokens run side by side."""
+    n_batch, length, _ = x.shape
     chunk = math.isqrt(length)
     padding = -length % chunk      # with Delta = 0: it neither decays the state nor writes
-
-    def cut(v: Tensor) -> Tensor:
+    pieces = []
+    for v in (x, delta, write, read):
         padded = F.pad(v, (0, 0, 0, padding))
-        return padded.unflatten(1, (-1, chunk))                        # (B, K, Q, E or N)
-
-    inputs = cut(delta * x)
-    delta = cut(delta)
-    write = cut(write)
-    read = cut(read)
-    n_chunk = delta.shape[1]
-    # 1. Every chunk by itself, from an empty state.
-    inner = torch.zeros_like(h)[:, None].expand(-1, n_chunk, -1, -1)   # (B, K, N, E)
-    outputs = []
-    for q in range(chunk):
-        decay = torch.exp(delta[:, :, q, None] * A)
-        update = inputs[:, :, q, None] * write[:, :, q, :, None]
-        inner = decay * inner + update
-        outputs.append((read[:, :, q, :, None] * inner).sum(dim=2))    # (B, K, E)
+        pieces.append(padded.unflatten(1, (-1, chunk)).flatten(0, 1))
+    x, delta, write, read = pieces                                     # (B K, Q, E or N)
+    # 1. What every chunk gathers, from an empty state.
+    empty = h.new_zeros(len(x), *h.shape[1:])                          # (B K, N, E)
+    _, gathered = sequential_scan(x, delta, A, write, read, empty)
+    gathered = gathered.unflatten(0, (n_batch, -1))                    # (B, K, N, E)
     # 2. The state at the start of every chunk.
-    elapsed = delta.cumsum(dim=2)                                      # (B, K, Q, E)
+    elapsed = delta.sum(dim=1).unflatten(0, (n_batch, -1))             # (B, K, E)
     starts = []
-    for k in range(n_chunk):
+    for k in range(gathered.shape[1]):
         starts.append(h)
-        decay = torch.exp(elapsed[:, k, -1, None] * A)
-        h = decay * h + inner[:, k]
-    start = torch.stack(starts, dim=1)                                 # (B, K, N, E)
-    # 3. What that state still adds to every output of the chunk.
-    for q in range(chunk):
-        carried = torch.exp(elapsed[:, :, q, None] * A) * start
-        late = (read[:, :, q, :, None] * carried).sum(dim=2)
-        outputs[q] = outputs[q] + late                                 # (B, K, E)
-    y = torch.stack(outputs, dim=2).flatten(1, 2)                      # (B, T + padding, E)
+        decay = torch.exp(elapsed[:, k, None] * A)                     # (B, N, E)
+        h = decay * h + gathered[:, k]
+    start = torch.stack(starts, dim=1).flatten(0, 1)                   # (B K, N, E)
+    # 3. The chunks once more, from there.
+    y, _ = sequential_scan(x, delta, A, write, read, start)            # (B K, Q, E)
+    y = y.unflatten(0, (n_batch, -1)).flatten(1, 2)                    # (B, T + padding, E)
     return y[:, :length], h
 
 
@@ -137,9 +131,12 @@ class Mixer(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, c.d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.rank + 2 * c.d_state, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.empty(self.d_inner, c.d_state))
+        rates = torch.arange(1, c.d_state + 1).float()                 # Mamba's own: 1..N
+        self.A_log = nn.Parameter(rates.log().repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, c.d_model, bias=False)
+        delta = torch.exp(torch.empty(self.d_inner).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_proj.bias.data = torch.log(torch.expm1(delta))         # softplus undoes it
 
     def empty_state(self, n_batch: int) -> tuple[Tensor, Tensor]:
         """The inputs that the convolution still sees (B, 3, E), and h (B, N, E)."""
@@ -183,21 +180,7 @@ class Mamba(nn.Module):
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)         # its transpose is the head
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
         self.norm_f = nn.RMSNorm(c.d_model, eps=1e-5)
-
-    def reset_parameters(self) -> None:
-        """Mamba's own: decay rates 1..N, and Delta from 0.001 to 0.1 before it sees a token."""
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for layer in self.layers:
-            m = layer.mixer
-            rates = torch.arange(1, m.d_state + 1).float()
-            log_delta = torch.empty(m.d_inner).uniform_(math.log(1e-3), math.log(1e-1))
-            delta = torch.exp(log_delta)
-            bound = m.rank ** -0.5
-            with torch.no_grad():
-                m.A_log.copy_(rates.log().expand(m.d_inner, -1))
-                m.dt_proj.weight.uniform_(-bound, bound)
-                m.dt_proj.bias.copy_(torch.log(torch.expm1(delta)))    # softplus undoes it
-                m.out_proj.weight.mul_(len(self.layers) ** -0.5)
 
     def forward(self, ids: Tensor, states: list | None = None, rules: list[Rule] | None = None
                 ) -> tuple[Tensor, list]:
@@ -253,17 +236,12 @@ class Calibration:
 def record_delta(model: Mamba, ids: Tensor) -> list[Tensor]:
     """Delta of every layer, (B, T, E) each."""
     found = []
-    handles = []
 
-    def record(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        found.append(F.softplus(output))
+    def record(delta: Tensor) -> Tensor:
+        found.append(delta)
+        return delta
 
-    for layer in model.layers:
-        handle = layer.mixer.dt_proj.register_forward_hook(record)
-        handles.append(handle)
-    model(ids)
-    for handle in handles:
-        handle.remove()
+    model(ids, rules=[record] * len(model.layers))
     return found
 
 
@@ -286,7 +264,8 @@ def find_threshold(curve: Tensor, length: int) -> Tensor:
 
 def calibrate(model: Mamba, ids: Tensor, lengths: list[int], clamp: float) -> Calibration:
     """From sequences (n, L) of the training length. clamp: C, the share of a sequence's largest
-    Delta that are cut down to the smallest among them."""
+    Delta that are cut down to the smallest among them, the cap. No threshold is above the cap, so
+    on very long inputs a share of about C is kept, which is more than the budget."""
     layers = []
     for layer, delta in zip(model.layers, record_delta(model, ids)):
         curve = delta.sort(dim=1, descending=True).values              # (n, L, E)
@@ -300,35 +279,23 @@ def calibrate(model: Mamba, ids: Tensor, lengths: list[int], clamp: float) -> Ca
     return Calibration(ids.shape[1], layers)
 
 
-ARMS = ("LongMamba", "random tokens", "Delta scaled", "local filtered", "all filtered")
+def make_filter(threshold: Tensor) -> Rule:
+    """Keep what is above the threshold (E,). Of 0 it keeps all: no Delta is below."""
+    def keep(delta: Tensor) -> Tensor:                                 # (B, T, E)
+        return delta * (delta > threshold)
+    return keep
 
 
-def make_rule(channels: Channels, length: int, theta: float, arm: str) -> Rule:
-    """What becomes of one layer's Delta. The first arm is the method, the others are controls."""
-    touched = channels.decay > theta                                   # (E,) the global ones
-    if arm == "local filtered":
-        touched = ~touched
-    if arm == "all filtered":
-        touched = torch.ones_like(touched)
-
-    def rule(delta: Tensor) -> Tensor:                                 # (B, T, E)
-        kept = delta > channels.thresholds[length]
-        if arm == "random tokens":
-            rate = kept.float().mean(dim=1, keepdim=True)
-            kept = torch.rand_like(delta) < rate
-        changed = delta * kept
-        if arm == "Delta scaled":
-            changed = delta * channels.budget / delta.sum(dim=1, keepdim=True)
-        return torch.where(touched, changed, delta)
-    return rule
-
-
-def make_rules(calibration: Calibration, length: int, theta: float, arm: str = "LongMamba"
-               ) -> list[Rule] | None:
-    """One rule a layer; none up to the training length, where nothing is to be repaired."""
+def make_rules(calibration: Calibration, length: int, theta: float) -> list[Rule] | None:
+    """One filter a layer; none up to the training length, where nothing is to be repaired."""
     if length <= calibration.train_length:
         return None
-    return [make_rule(channels, length, theta, arm) for channels in calibration.layers]
+    rules = []
+    for channels in calibration.layers:
+        is_global = channels.decay > theta                             # (E,)
+        threshold = channels.thresholds[length] * is_global
+        rules.append(make_filter(threshold))
+    return rules
 
 
 # ---------------------------------------------------------------------------------------- TASK
@@ -352,63 +319,63 @@ SUCCESSORS = np.random.default_rng(0).integers(N_WORD, size=(N_WORD, 4))
 TOY = Config(d_model=64, n_layer=2, vocab_size=KEY + 3, d_state=8)
 
 
+def draw_text(rng: np.random.Generator, n: int, length: int,
+              sentence: tuple[int, int] = SENTENCE) -> np.ndarray:
+    """n texts (n, T) without a needle."""
+    tokens = np.empty((n, length), dtype=np.int64)
+    tokens[:, 0] = rng.integers(N_WORD, size=n)
+    for t in range(1, length):
+        choice = rng.integers(SUCCESSORS.shape[1], size=n)
+        tokens[:, t] = SUCCESSORS[tokens[:, t - 1], choice]
+    for text in tokens:                                                # (T,)
+        start = 0
+        while start < length:
+            n_word = rng.integers(*sentence, endpoint=True)
+            subject = FIRST_SUBJECT + rng.integers(N_SUBJECT)
+            verb = start + 1 + n_word
+            text[start] = subject
+            text[verb:verb + 1] = VERB             # slices: empty behind the end of the text
+            text[verb + 1:verb + 2] = subject
+            start = verb + 2
+    return tokens
+
+
 class Batch(NamedTuple):
     ids: Tensor                    # (n, T)
     text: Tensor                   # (n, T) the next token
     answer: Tensor                 # (n, T) at QUERY, the needle's value
 
 
-def draw(rng: np.random.Generator, n: int, length: int, n_query: int = 1,
+def draw(rng: np.random.Generator, n: int, length: int, query_rate: float = 0.0,
          sentence: tuple[int, int] = SENTENCE) -> Batch:
-    """n sequences. More than one query, for training, stand at random words after the needle."""
-    tokens = np.empty((n, length + 1), dtype=np.int64)
-    tokens[:, 0] = rng.integers(N_WORD, size=n)
-    for t in range(length):
-        choice = rng.integers(SUCCESSORS.shape[1], size=n)
-        tokens[:, t + 1] = SUCCESSORS[tokens[:, t], choice]
-    answer = np.full((n, length), NOTHING)
-    for i in range(n):
-        lay_sentences(tokens[i], rng, sentence)
-        hide_needle(tokens[i], answer[i], rng, n_query)
+    """n texts with needle and QUERY, which take the place of words. query_rate, for training:
+    the share of words after the needle where the QUERY stands as well."""
+    tokens = draw_text(rng, n, length + 1, sentence)
+    is_word = tokens < N_WORD                                          # (n, T + 1)
+    # 1. The needle, on two words.
+    row = np.arange(n)
+    is_place = is_word[:, :length - 2] & is_word[:, 1:length - 1]
+    needle = (is_place * rng.random(is_place.shape)).argmax(axis=1)    # (n,), any of the places
+    value = FIRST_VALUE + rng.integers(N_VALUE, size=n)
+    tokens[row, needle] = KEY
+    tokens[row, needle + 1] = value
+    # 2. The queries.
+    is_later = np.arange(length) > needle[:, None] + 1                 # (n, T)
+    is_drawn = rng.random((n, length)) < query_rate
+    is_query = is_word[:, :length] & is_later & is_drawn
+    is_query[:, -1] = True
+    tokens[:, :-1][is_query] = QUERY
+    # 3. The targets. A query is no text.
+    answer = np.where(is_query, value[:, None], NOTHING)
     ids = tokens[:, :-1]
     text = tokens[:, 1:]
     text = np.where((ids == QUERY) | (text == QUERY), NOTHING, text)
     return Batch(torch.tensor(ids), torch.tensor(text), torch.tensor(answer))
 
 
-def lay_sentences(tokens: np.ndarray, rng: np.random.Generator, sentence: tuple[int, int]) -> None:
-    """Put the frames of sentences over a chain of words."""
-    start = 0
-    while start < len(tokens):
-        n_word = rng.integers(sentence[0], sentence[1] + 1)
-        subject = FIRST_SUBJECT + rng.integers(N_SUBJECT)
-        verb_at = start + n_word + 1
-        tokens[start] = subject
-        tokens[verb_at:verb_at + 1] = VERB
-        tokens[verb_at + 1:verb_at + 2] = subject
-        start = verb_at + 2
-
-
-def hide_needle(tokens: np.ndarray, answer: np.ndarray, rng: np.random.Generator, n_query: int
-                ) -> None:
-    """Needle and queries take the place of words, never of a sentence's frame."""
-    last = len(answer) - 1
-    is_word = tokens < N_WORD
-    pairs = np.flatnonzero(is_word[:last - 1] & is_word[1:last])
-    needle = rng.choice(pairs)
-    value = FIRST_VALUE + rng.integers(N_VALUE)
-    tokens[needle] = KEY
-    tokens[needle + 1] = value
-    free = needle + 2 + np.flatnonzero(is_word[needle + 2:last])
-    queries = rng.permutation(free)[:n_query - 1]
-    queries = np.append(queries, last)
-    tokens[queries] = QUERY
-    answer[queries] = value
-
-
 def agreement_places(batch: Batch) -> Tensor:
-    """Where the next token is a subject again, (n, T) bool."""
-    return (batch.ids == VERB) & (batch.text >= FIRST_SUBJECT) & (batch.text < FIRST_VALUE)
+    """Where the next token is the subject again, (n, T) bool."""
+    return (batch.ids == VERB) & (batch.text != NOTHING)
 
 
 # ------------------------------------------------------------------------------------ TRAINING
@@ -417,13 +384,13 @@ class Stage(NamedTuple):
     length: int
     steps: int
     learning_rate: float
-    n_query: int
+    query_rate: float
     sentence: tuple[int, int]
 
 
 # Short first: at length 128 alone, recall may stay at chance for a long time.
-STAGES = (Stage(32, 500, 3e-3, 4, (2, 8)),
-          Stage(128, 400, 2e-3, 7, SENTENCE))
+STAGES = (Stage(32, 500, 3e-3, 0.25, (2, 8)),
+          Stage(128, 400, 2e-3, 0.12, SENTENCE))
 TRAIN_LENGTH = STAGES[-1].length
 BATCH_SIZE = 16
 TEXT_WEIGHT = 0.3
@@ -439,18 +406,15 @@ def training_loss(model: Mamba, batch: Batch) -> Tensor:
     return needle + agreement + TEXT_WEIGHT * text
 
 
-def train(seed: int, stages: tuple[Stage, ...] = STAGES) -> Mamba:
-    torch.manual_seed(seed)
-    rng = generator(seed, "train")
+def train(rng: np.random.Generator, stages: tuple[Stage, ...] = STAGES) -> Mamba:
     model = Mamba(TOY)
-    model.reset_parameters()
     for stage in stages:
         rate = stage.learning_rate
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, stage.steps, pct_start=0.1)
-        progress = tqdm(range(stage.steps), f"seed {seed}, length {stage.length}", leave=False)
+        progress = tqdm(range(stage.steps), f"training at length {stage.length}", leave=False)
         for _ in progress:
-            batch = draw(rng, BATCH_SIZE, stage.length, stage.n_query, stage.sentence)
+            batch = draw(rng, BATCH_SIZE, stage.length, stage.query_rate, stage.sentence)
             loss = training_loss(model, batch)
             optimizer.zero_grad()
             loss.backward()
@@ -461,40 +425,54 @@ def train(seed: int, stages: tuple[Stage, ...] = STAGES) -> Mamba:
     return model.requires_grad_(False)
 
 
-def generator(seed: int, purpose: str) -> np.random.Generator:
-    """Sequences of their own for every purpose."""
-    purposes = ("train", "calibrate", "choose", "test")
-    return np.random.default_rng((seed, purposes.index(purpose)))
-
-
 # ---------------------------------------------------------------------------------- COMPARISON
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-CHOOSE_LENGTH = 1024               # theta and C are chosen at this length alone
+CHOOSE_LENGTH = 2048               # theta and C are chosen at this length alone
 THETAS = (1e-5, 1e-3, 1e-2, 5e-2)
 CLAMPS = (0.0, 0.02, 0.05, 0.1)
 N_CALIBRATE = 32
 N_CHOOSE = 32
 N_TEST = 64
-TOKENS_AT_ONCE = 8192
+ARMS = ("vanilla", "LongMamba", "random tokens", "Delta scaled", "local filtered", "all filtered")
 
 
-def evaluate(model: Mamba, batch: Batch, rules: list[Rule] | None = None) -> dict[str, list]:
-    """By sequence: needle (1: right), agreement (share of subjects that are right), text and answer
-    (losses of the next token and of the needle's value)."""
-    size = max(1, TOKENS_AT_ONCE // batch.ids.shape[1])
-    scores = {"needle": [], "agreement": [], "text": [], "answer": []}
-    for pieces in zip(*(field.split(size) for field in batch)):
-        part = Batch(*pieces)
-        logits, _ = model(part.ids, rules=rules)
-        for name, values in score(logits, part).items():
-            scores[name] += values.tolist()
-    return scores
+def rules_of(arm: str, calibration: Calibration, length: int, theta: float) -> list[Rule] | None:
+    """What becomes of Delta in every layer. The arms but LongMamba are controls."""
+    rules = make_rules(calibration, length, theta)
+    if rules is None or arm == "vanilla":
+        return None
+    if arm == "LongMamba":
+        return rules
+    pairs = zip(rules, calibration.layers)
+    return [make_control(arm, rule, channels, length, theta) for rule, channels in pairs]
 
 
-def score(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    value = batch.answer[:, -1]
+def make_control(arm: str, rule: Rule, channels: Channels, length: int, theta: float) -> Rule:
+    """rule: what LongMamba does in this layer."""
+    is_global = channels.decay > theta                                 # (E,)
+    threshold = channels.thresholds[length]
+
+    def keep_by_chance(delta: Tensor) -> Tensor:                       # (B, T, E)
+        rate = (rule(delta) > 0).float().mean(dim=1, keepdim=True)     # (B, 1, E)
+        return delta * (torch.rand_like(delta) < rate)
+
+    def scale(delta: Tensor) -> Tensor:
+        to_budget = channels.budget / delta.sum(dim=1, keepdim=True)   # (B, 1, E)
+        return delta * torch.where(is_global, to_budget, 1)
+
+    return {"random tokens": keep_by_chance, "Delta scaled": scale,
+            "local filtered": make_filter(threshold * ~is_global),
+            "all filtered": make_filter(threshold)}[arm]
+
+
+def evaluate(model: Mamba, batch: Batch, rules: list[Rule] | None) -> dict[str, Tensor]:
+    """By sequence, (n,): is the needle's value right, the share of subjects that are right, the
+    losses of the next token and of the value."""
+    logits = [model(ids, rules=rules)[0] for ids in batch.ids.split(4)]
+    logits = torch.cat(logits)                                         # (n, T, V)
     guess = logits.argmax(dim=-1)                                      # (n, T)
+    value = batch.answer[:, -1]
     places = agreement_places(batch)
     right = (guess == batch.text) & places
     loss = F.cross_entropy(logits.mT, batch.text, reduction="none")    # 0 where there is no target
@@ -507,173 +485,133 @@ def score(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-class Setting(NamedTuple):
-    theta: float
-    clamp: float
-
-
-def choose(model: Mamba, calibrations: dict[float, Calibration], batch: Batch, arm: str) -> Setting:
-    """The setting with the least loss of answer and text together."""
+def choose(model: Mamba, calibrations: dict[float, Calibration], batch: Batch
+           ) -> tuple[float, float]:
+    """The theta and C with which LongMamba has the least loss of answer and text together."""
     losses = {}
     for clamp, calibration in calibrations.items():
         for theta in THETAS:
-            rules = make_rules(calibration, batch.ids.shape[1], theta, arm)
-            scores = evaluate(model, batch, rules)
-            loss = np.mean(scores["answer"]) + np.mean(scores["text"])
-            losses[Setting(theta, clamp)] = loss
+            scores = evaluate(model, batch, make_rules(calibration, CHOOSE_LENGTH, theta))
+            loss = scores["answer"].mean() + scores["text"].mean()
+            losses[theta, clamp] = loss.item()
     return min(losses, key=losses.get)
 
 
-def compare(model: Mamba, seed: int) -> dict:
-    """Scores of vanilla Mamba and of every arm at every length, all arms with the setting that is
-    best for LongMamba; and at the longest, every control with the one that is best for itself."""
-    sequences = draw(generator(seed, "calibrate"), N_CALIBRATE, TRAIN_LENGTH).ids
-    longer = [length for length in LENGTHS if length > TRAIN_LENGTH]
-    calibrations = {clamp: calibrate(model, sequences, longer, clamp) for clamp in CLAMPS}
-    validation = draw(generator(seed, "choose"), N_CHOOSE, CHOOSE_LENGTH)
-    settings = {}
-    for arm in tqdm(ARMS, f"seed {seed}, choosing", leave=False):
-        settings[arm] = choose(model, calibrations, validation, arm)
-    theta, clamp = settings["LongMamba"]
+def spent_budget(model: Mamba, calibration: Calibration, theta: float, ids: Tensor) -> float:
+    """Sum of the Delta that LongMamba keeps, over the budget: the mean of the global channels."""
+    rules = make_rules(calibration, ids.shape[1], theta)
+    shares = []
+    for delta, rule, channels in zip(record_delta(model, ids), rules, calibration.layers):
+        spent = rule(delta).sum(dim=1) / channels.budget               # (n, E)
+        shares.append(spent[:, channels.decay > theta].flatten())
+    return torch.cat(shares).mean().item()
+
+
+Scores = dict[tuple[str, int], list[dict[str, Tensor]]]    # by arm and length; one entry a seed
+
+
+def compare(model: Mamba, rng: np.random.Generator, scores: Scores) -> None:
+    """Adds to the scores: every arm at every length, with the theta and C best for LongMamba."""
+    # Plain text, as in the paper: with a needle in every text the threshold of long inputs is at
+    # the needle's own Delta, and many channels miss it.
+    texts = torch.tensor(draw_text(rng, N_CALIBRATE, TRAIN_LENGTH))
+    calibrations = {clamp: calibrate(model, texts, LENGTHS[1:], clamp) for clamp in CLAMPS}
+    theta, clamp = choose(model, calibrations, draw(rng, N_CHOOSE, CHOOSE_LENGTH))
     calibration = calibrations[clamp]
-    rng = generator(seed, "test")
-    scores = {arm: {} for arm in ("vanilla", *ARMS)}
-    for length in tqdm(LENGTHS, f"seed {seed}, testing", leave=False):
-        batch = draw(rng, N_TEST, length)
-        scores["vanilla"][str(length)] = evaluate(model, batch)
-        for arm in ARMS:
-            rules = make_rules(calibration, length, theta, arm)
-            scores[arm][str(length)] = evaluate(model, batch, rules)
-    for arm in ARMS[1:]:                   # batch and length are still the longest
-        own = settings[arm]
-        rules = make_rules(calibrations[own.clamp], length, own.theta, arm)
-        scores[f"{arm}, own setting"] = {str(length): evaluate(model, batch, rules)}
     n_global = [int((layer.decay > theta).sum()) for layer in calibration.layers]
-    return {"settings": settings, "n_global": n_global, "scores": scores}
+    print(f"theta {theta:g}, C {clamp:.0%}; global channels by layer: {n_global}")
+    for length in LENGTHS:
+        batch = draw(rng, N_TEST, length)
+        for arm in tqdm(ARMS, f"testing at length {length}", leave=False):
+            rules = rules_of(arm, calibration, length, theta)
+            scores[arm, length].append(evaluate(model, batch, rules))
+        right = scores["LongMamba", length][-1]["needle"].mean()
+        print(f"length {length}: LongMamba recalls {right:.1%}", end="")
+        if length > TRAIN_LENGTH:
+            spent = spent_budget(model, calibration, theta, batch.ids[:8])
+            print(f" and keeps {spent:.2f} of the budget", end="")
+        print()
 
 
 # -------------------------------------------------------------------------------------- REPORT
 
-RESULTS = Path("out/longmamba/results.json")
-PICTURE = ROOT / "assets" / "longmamba.png"
-TITLES = {"needle": "needle recalled, % [95 % interval]", "agreement": "subject after VERB, %",
+TITLES = {"needle": "needle recalled, %", "agreement": "subject after VERB, %",
           "text": "loss of the text, nats"}
-STYLE = {"vanilla": "k--", "LongMamba": "C0o-", "random tokens": "C1s-", "Delta scaled": "C2d-",
-         "local filtered": "C4v-", "all filtered": "C3^-"}
+STYLES = dict(zip(ARMS, ("k--", "C0o-", "C1s-", "C2d-", "C4v-", "C3^-")))
 
 
-def wilson(right: np.ndarray) -> tuple[float, float]:
-    """95 % interval of a share, for n sequences that are right or wrong."""
-    n = len(right)
-    z2 = 1.96 ** 2
-    centre = (right.sum() + z2 / 2) / (n + z2)
-    variance = n * right.mean() * (1 - right.mean())
-    half = 1.96 * math.sqrt(variance + z2 / 4) / (n + z2)
-    return centre - half, centre + half
+def pooled(scores: Scores, arm: str, name: str) -> list[np.ndarray]:
+    """By length, the values of all sequences of all seeds."""
+    return [torch.cat([found[name] for found in scores[arm, length]]).numpy()
+            for length in LENGTHS]
 
 
-def pooled(results: dict, arm: str, length: int, name: str) -> np.ndarray:
-    """The values of all sequences of all seeds."""
-    scores = [run["scores"][arm][str(length)] for run in results.values()]
-    return np.concatenate([by_name[name] for by_name in scores])
-
-
-def cell(results: dict, arm: str, length: int, name: str) -> str:
-    if str(length) not in next(iter(results.values()))["scores"][arm]:
-        return ""                          # controls with their own setting: the longest alone
-    values = pooled(results, arm, length, name)
+def cell(values: np.ndarray, name: str) -> str:
+    """A mean, and of the needle its 95 % interval."""
     mean = values.mean()
     if name == "text":
         return f"{mean:.3f}"
     if name == "agreement":
         return f"{100 * mean:.1f}"
-    low, high = wilson(values)
-    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = wilson(values.sum(), len(values))
+    return f"{100 * mean:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
-def report(results: dict) -> None:
-    for seed, run in results.items():
-        print(f"seed {seed}: trained in {run['seconds']:.0f} s; by layer, {run['n_global']} of "
-              f"{TOY.expand * TOY.d_model} channels are global")
-        for arm, (theta, clamp) in run["settings"].items():
-            print(f"    best for {arm}: theta {theta:g}, C {100 * clamp:g} %")
-    arms = next(iter(results.values()))["scores"]
+def report(scores: Scores) -> None:
     for name, title in TITLES.items():
         print(f"\n| {title} | {' | '.join(map(str, LENGTHS))} |")
         print("|---" * (len(LENGTHS) + 1) + "|")
-        for arm in arms:
-            cells = [cell(results, arm, length, name) for length in LENGTHS]
+        for arm in ARMS:
+            cells = [cell(values, name) for values in pooled(scores, arm, name)]
             print(f"| {arm} | {' | '.join(cells)} |")
 
 
-def plot(results: dict) -> None:
+def plot(scores: Scores, path: Path) -> None:
     """Needle, with 95 % intervals, and agreement by length."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise InputError("the picture needs matplotlib; pip install matplotlib")
+    import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for arm, style in STYLE.items():
-        needle = [100 * pooled(results, arm, length, "needle") for length in LENGTHS]
-        mean = np.mean(needle, axis=1)
-        ends = [wilson(values / 100) for values in needle]
-        low, high = 100 * np.array(ends).T
-        bars = np.maximum([mean - low, high - mean], 0)    # 100 % and its end may differ by a bit
-        left.errorbar(LENGTHS, mean, bars, fmt=style, capsize=2, label=arm)
-        agreement = [100 * pooled(results, arm, length, "agreement") for length in LENGTHS]
-        right.plot(LENGTHS, np.mean(agreement, axis=1), style)
+    for arm, style in STYLES.items():
+        needle = pooled(scores, arm, "needle")
+        mean = np.mean(needle, axis=1)                                 # (lengths,)
+        low, high = np.transpose([wilson(values.sum(), len(values)) for values in needle])
+        bars = np.maximum([mean - low, high - mean], 0)                # rounding: 1 and its end
+        left.errorbar(LENGTHS, 100 * mean, 100 * bars, fmt=style, capsize=2, label=arm)
+        agreement = np.mean(pooled(scores, arm, "agreement"), axis=1)
+        right.plot(LENGTHS, 100 * agreement, style)
     left.set_title("needle recalled: a global memory")
     right.set_title("subject after VERB: a local memory")
     left.set_ylabel("right (%)")
+    left.legend()
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_xticks(LENGTHS, LENGTHS)
         axis.set_xlabel(f"length of the input (trained at {TRAIN_LENGTH})")
-    left.legend()
     figure.tight_layout()
-    with write_atomically(PICTURE) as file:
+    with write_atomically(path) as file:
         figure.savefig(file, dpi=110, format="png")
-    print(f"{PICTURE} is drawn")
-
-
-# ---------------------------------------------------------------------------------------- MAIN
-
-def seed_number(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2 ** 32:
-        raise ValueError
-    return value
-
-
-def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)               # tensors are small: more threads do not pay
-    if args.plot:
-        with blame(RESULTS, "make it with: python experiments/longmamba.py --seeds 0 1 2"):
-            plot(json.loads(RESULTS.read_text()))
-        return
-    with blame(RESULTS.parent, "run where a folder can be made"):
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for seed in args.seeds:
-        start = time.time()
-        model = train(seed)
-        seconds = time.time() - start
-        torch.manual_seed(seed)            # for the random tokens
-        results[str(seed)] = {"seconds": seconds, **compare(model, seed)}
-        with write_atomically(RESULTS) as file:
-            file.write(json.dumps(results).encode())
-    report(results)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small Mamba and test LongMamba on it.")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one run each")
-    parser.add_argument("--plot", action="store_true", help="only draw the picture of the last run")
-    try:
-        run(parser.parse_args())
-    except InputError as error:
-        sys.exit(f"{parser.prog}: {error}")
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="one run each")
+    parser.add_argument("--plot", type=Path, help="a PNG file to draw; needs matplotlib")
+    args = parser.parse_args()
+    if args.plot:
+        check_output(args.plot)
+        ensure(importlib.util.find_spec("matplotlib"), "--plot needs matplotlib; pip install it")
+    torch.set_num_threads(1)               # tensors are small: more threads do not pay
+    scores = defaultdict(list)
+    for seed in args.seeds:
+        torch.manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        start = time.time()
+        model = train(rng)
+        print(f"seed {seed}, trained in {time.time() - start:.0f} s")
+        compare(model, rng, scores)
+    report(scores)
+    if args.plot:
+        plot(scores, args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main, if_interrupted="nothing is kept")

@@ -1,12 +1,14 @@
 """LongMamba: the scan is the recurrence, the filter is what the paper says, the weights load."""
 import json
 import sys
+from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 
 from experiments import longmamba as lm
+from model import InputError
 
 SMALL = lm.Config(d_model=32, n_layer=2, vocab_size=50, d_state=4)
 L = 16
@@ -16,7 +18,6 @@ L = 16
 def mamba() -> lm.Mamba:
     torch.manual_seed(0)
     model = lm.Mamba(SMALL)
-    model.reset_parameters()
     torch.nn.init.normal_(model.embedding.weight)      # as trained: the channels matter
     return model.requires_grad_(False)
 
@@ -81,9 +82,10 @@ def test_prefill_and_steps_are_the_full_forward(mamba):
 def test_up_to_the_training_length_nothing_is_filtered(mamba, calibration):
     ids = torch.randint(50, (2, 4 * L))
     for arm in lm.ARMS:
-        assert lm.make_rules(calibration, L, theta=0.0, arm=arm) is None
-        rules = lm.make_rules(calibration, 4 * L, theta=0.05, arm=arm)
-        assert not torch.allclose(mamba(ids, rules=rules)[0], mamba(ids)[0])
+        assert lm.rules_of(arm, calibration, L, theta=0.05) is None
+        rules = lm.rules_of(arm, calibration, 4 * L, theta=0.05)
+        is_vanilla = torch.equal(mamba(ids, rules=rules)[0], mamba(ids)[0])
+        assert is_vanilla == (arm == "vanilla")
 
 
 def test_decoding_is_never_filtered(mamba, calibration):
@@ -148,7 +150,10 @@ def test_what_the_controls_touch(calibration):
     assert is_global.any() and not is_global.all()
     torch.manual_seed(3)
     delta = torch.rand(4, 4 * L, 64) * 2 * layer.thresholds[4 * L]
-    out = {arm: lm.make_rule(layer, 4 * L, 0.5, arm)(delta) for arm in lm.ARMS}
+    out = {}
+    for arm in lm.ARMS[1:]:
+        rule, _ = lm.rules_of(arm, calibration, 4 * L, theta=0.5)
+        out[arm] = rule(delta)
     for arm in ("LongMamba", "random tokens", "Delta scaled"):
         assert torch.equal(out[arm][..., ~is_global], delta[..., ~is_global])
     assert torch.equal(out["local filtered"][..., is_global], delta[..., is_global])
@@ -182,7 +187,7 @@ def test_both_layouts_load(mamba, tmp_path, names):
 
 def test_weights_that_do_not_fit_are_refused_in_a_sentence(mamba, tmp_path):
     write_safetensors(tmp_path / "model.safetensors", mamba.state_dict())
-    with pytest.raises(lm.InputError, match="mamba-130m"):
+    with pytest.raises(InputError, match="mamba-130m"):
         lm.load_mamba(tmp_path / "model.safetensors", lm.MAMBA_130M)
 
 
@@ -204,13 +209,15 @@ def test_logits_equal_those_of_transformers(tmp_path):
 
 
 def test_the_language_asks_what_it_says():
-    batch = lm.draw(np.random.default_rng(0), 8, 200, n_query=3)
+    batch = lm.draw(np.random.default_rng(0), 8, 200, query_rate=0.1)
     places = lm.agreement_places(batch)
     assert places.sum() > 8 * 7
+    assert (batch.ids == lm.QUERY).sum() > 2 * 8
     for ids, text, answer, place in zip(*batch, places):
         key = (ids == lm.KEY).nonzero().item()
         assert set(answer[ids == lm.QUERY].tolist()) == {ids[key + 1].item()}
-        assert (ids == lm.QUERY).sum() == 3 and ids[-1] == lm.QUERY
+        assert ids[-1] == lm.QUERY
+        assert not (ids[:key] == lm.QUERY).any()
         assert (answer[ids != lm.QUERY] == lm.NOTHING).all()
         is_subject = (ids >= lm.FIRST_SUBJECT) & (ids < lm.FIRST_VALUE)
         for t in place.nonzero().flatten().tolist():
@@ -219,32 +226,31 @@ def test_the_language_asks_what_it_says():
             assert t - before > 2 * (lm.TOY.d_conv - 1)  # out of the convolutions' reach
 
 
-def test_training_and_comparison_run(monkeypatch):
+def test_training_and_comparison_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(lm, "LENGTHS", (128, 256))
     monkeypatch.setattr(lm, "CHOOSE_LENGTH", 256)
     monkeypatch.setattr(lm, "THETAS", (1e-3, 0.05))
     monkeypatch.setattr(lm, "CLAMPS", (0.0, 0.05))
     for name in ("N_CALIBRATE", "N_CHOOSE", "N_TEST"):
         monkeypatch.setattr(lm, name, 2)
-    model = lm.train(0, (lm.Stage(32, 2, 1e-3, 4, (2, 8)),))
-    result = lm.compare(model, 0)
-    scores = result["scores"]
-    assert scores["LongMamba"]["128"] == scores["vanilla"]["128"]
-    assert scores["all filtered, own setting"].keys() == {"256"}
-    lm.report({"0": {"seconds": 1.0, **result}})
+    rng = np.random.default_rng(0)
+    model = lm.train(rng, (lm.Stage(32, 2, 1e-3, 0.25, (2, 8)),))
+    scores = defaultdict(list)
+    lm.compare(model, rng, scores)
+    for name in lm.TITLES:
+        vanilla, short = (lm.pooled(scores, arm, name)[0] for arm in ("vanilla", "LongMamba"))
+        assert vanilla.shape == (2,) and (vanilla == short).all()
+    lm.report(scores)
+    assert capsys.readouterr().out.count("| LongMamba |") == 3
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    lm.plot(scores, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
 
 
-def test_wilson_interval():
-    low, high = lm.wilson(np.array([1] * 8 + [0] * 2))
-    assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
-
-
-@pytest.mark.parametrize("options", [["--seeds", "-1"], ["--seeds", "x"], ["--plot"]])
-def test_bad_input_is_answered_in_a_sentence(options, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["longmamba.py", *options])
+@pytest.mark.parametrize("seed", ["-1", "x"])
+def test_a_bad_seed_is_answered_in_a_sentence(seed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["longmamba.py", "--seeds", seed])
     with pytest.raises(SystemExit) as end:
         lm.main()
-    assert end.value.code not in (0, None)
-    said = str(end.value.code) + capsys.readouterr().err
-    assert "results.json" in said or "invalid seed_number value" in said
+    assert end.value.code == 2
+    assert seed in capsys.readouterr().err
