@@ -1,20 +1,18 @@
 """Answers are extracted as lm-evaluation-harness does, and an interrupted run goes on."""
 import json
-import os
-import random
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import eval_gsm8k as E
-from conftest import ROOT, SHARED, needs_shared
+from conftest import SHARED, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
 from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
 from folders import memory_for
 from metastate import MetaState, preset
 from model import TINY, Backbone, save_backbone, tiny_tokenizer
+from processes import run_two
 from sample import EXAMPLES, run_program
 
 
@@ -146,20 +144,17 @@ def test_compare_pairs_the_problems(folder, monkeypatch, capsys):
 
 def test_two_processes_answer_as_one_does(folder, monkeypatch):
     run(monkeypatch, "--out", "one.jsonl")
-    job = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(random.randrange(20_000, 60_000)), ROOT / ARGS[0], *ARGS[1:], "--out", "two.jsonl"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100)
-    assert job.returncode == 0, job.stderr
+    codes, texts = run_two(*ARGS, "--out", "two.jsonl", folder=folder)
+    assert codes == [0, 0], texts
     assert E.read_results(folder / "one.jsonl")[1] == E.read_results(folder / "two.jsonl")[1]
-    assert job.stdout.count("of 23 correct") == 1
+    assert "".join(texts).count("of 23 correct") == 1
 
 
 @needs_shared
 def test_real_problems_pass_through(folder, monkeypatch, capsys):
-    run(monkeypatch, "--data", str(SHARED / "gsm8k" / "test.jsonl"), "--limit", "40",
+    run(monkeypatch, "--data", str(SHARED / "gsm8k" / "test.jsonl"), "--limit", "5",
         "--protocol", "gsm8k", "--out", "real.jsonl")
-    assert "of 40 correct" in capsys.readouterr().out
+    assert "of 5 correct" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, word", [("{", "JSON"), ('{"question": "x"}', "question or answer")])
