@@ -23,8 +23,9 @@ STYLES = {"MetaState": "C0o-", "frozen": "k--", "memory reset": "C1s:", "memory 
 
 
 def spread(values: list[float]) -> str:
-    text = f"{np.mean(values):.1f}"
-    return text + f" ({min(values):.1f}-{max(values):.1f})" if len(values) > 1 else text
+    """Mean, and the lowest and the highest where they differ."""
+    mean, low, high = (f"{x:.1f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"
 
 
 def thinking_values(tables: list[dict], name: str, key: str) -> dict[str, list[float]]:
@@ -54,7 +55,7 @@ def print_differences(tables: list[dict], n: str) -> None:
             rows = table["thinking"]
             mean, low, high = paired_interval(rows[name][n]["whole"], rows["MetaState"][n]["whole"])
             cells.append(f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})")
-        print(f"MetaState - {name}, whole answers, N = {n}, by run: {', '.join(cells)}")
+        print(f"- MetaState - {name}, whole answers, N = {n}, by run: {', '.join(cells)}")
     print()
 
 
@@ -67,7 +68,8 @@ def print_schedules(tables: list[dict]) -> None:
                  if label in table["schedules"][name]]
         right = [100 * np.mean(schedule["correct"]) for schedule in found]
         passes = [float(np.mean(schedule["passes"])) for schedule in found]
-        print(f"| {name}, {label} ({len(found)} runs) | {spread(right)} | {np.mean(passes):.2f} |")
+        n_runs = f" ({len(found)} of {len(tables)} runs)" if len(found) < len(tables) else ""
+        print(f"| {name}, {label}{n_runs} | {spread(right)} | {np.mean(passes):.2f} |")
     print()
 
 
@@ -80,8 +82,8 @@ def draw_thinking(axis, tables: list[dict]) -> None:
         axis.errorbar(range(len(values)), y.mean(1), np.maximum(0, bars), fmt=style, capsize=3)
     axis.set_xticks(range(len(values)), values)
     axis.text(5, 91, "MetaState", color="C0", weight="bold")
-    axis.text(0, 6, "without persistence: frozen, memory reset, memory shuffled, "
-              "memoryless-trained", size=9)
+    axis.text(3.4, 5, "without persistence: frozen, memory reset,\n"
+              "memory shuffled, memoryless-trained", size=9)
     axis.set_xlabel("passes over an answer of nothing but masks")
     axis.set_ylabel("whole answers right (%)")
 
