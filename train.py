@@ -561,19 +561,25 @@ def new_memory(run: Run, backbone: Backbone) -> MetaState:
     return MetaState(preset(backbone)).to(run.device)
 
 
+TABLES = ("tables.md", "tables.json")
+
+
 def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState, out: Path) -> None:
-    """Print the two tables, and save them with the result of every problem."""
+    """Print the tables, and save them with the result of every problem."""
     everyone = contestants(memory, memoryless)
     thinking_text, thinking = thinking_table(bench, everyone)
     schedule_text, schedules = schedule_table(bench, valid, everyone)
-    with write_atomically(out / "tables.md") as file:
-        file.write((thinking_text + "\n" + schedule_text).encode())
-    with write_atomically(out / "tables.json") as file:
-        file.write(json.dumps({"thinking": thinking, "schedules": schedules}).encode())
+    text = thinking_text + "\n" + schedule_text
+    results = json.dumps({"thinking": thinking, "schedules": schedules})
+    for name, content in zip(TABLES, (text, results)):
+        with write_atomically(out / name) as file:
+            file.write(content.encode())
 
 
 def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
                ) -> None:
+    for name in TABLES:
+        check_output(out / name)
     tokenizer = tiny_tokenizer(WORDS)
     examples = tokenise(find_texts(args), tokenizer, TINY.eos_id, args.max_length)
     gen_length = PROTOCOLS["dial"].settings["gen_length"]
