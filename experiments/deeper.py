@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
-from eval_gsm8k import (BLOCK_LENGTHS, PROTOCOLS, QUOTA_STEPS, THRESHOLDS, WORDS, Bench,  # noqa: E402
-                        Contestant, dial_problems)
+from eval_gsm8k import (BLOCK_LENGTHS, PROTOCOLS, QUOTA_STEPS, THRESHOLDS,  # noqa: E402
+                        WORDS, Bench, Contestant, dial_problems)
 from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
 from sample import SEED, Processes, run_program  # noqa: E402
 

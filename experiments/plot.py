@@ -46,7 +46,7 @@ def print_thinking(tables: list[dict], key: str) -> None:
 
 
 def print_differences(tables: list[dict], n: str) -> None:
-    """MetaState minus each other row after n passes: run by run, with the interval over problems."""
+    """MetaState minus each other row after n passes: run by run, intervals over problems."""
     for name in STYLES:
         if name == "MetaState":
             continue
