@@ -351,7 +351,7 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
         kept = kept.masked_fill(beyond, lowest)
     if s.top_k is not None:
         k = min(s.top_k, kept.shape[1])
-        least = kept.topk(k).values[:, -1:]                           # (N, 1)
+        least = kept.topk(k).values[:, -1:]                            # (N, 1)
         kept = kept.masked_fill(kept < least, lowest)
     no_mask = logits.clone()
     no_mask[:, mask_id] = float("-inf")

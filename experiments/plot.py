@@ -17,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 from eval_gsm8k import paired_interval  # noqa: E402
 from sample import run_program  # noqa: E402
 
-COLORS = ["C0", "C1", "C2", "C3", "C4", "C5", "C6", "C7"]
 STYLES = {"MetaState": "C0o-", "frozen": "k--", "memory reset": "C1s:", "memory shuffled": "C3^-",
           "memoryless-trained": "C2d-."}
 
@@ -129,7 +128,7 @@ def draw_losses(axes, runs: list[Path]) -> None:
     for axis, name in zip(axes, ("memory", "memoryless")):
         y = np.mean([losses(run, name) for run in runs], 0)            # (steps / 20, K)
         for k in range(y.shape[1]):
-            axis.plot(20 * np.arange(len(y)), y[:, k], color=COLORS[k], label=f"k = {k + 1}")
+            axis.plot(20 * np.arange(len(y)), y[:, k], color=f"C{k}", label=f"k = {k + 1}")
         axis.set_title(name)
         axis.set_xlabel("training step")
     axes[0].set_ylabel("dense loss of unrolled step k")
