@@ -3,7 +3,9 @@
 Backbone loss: LLaDA (arXiv 2502.09992) eq. 3 and its SFT form. Memory loss: MetaState's K-step
 unrolling, as restated in PUMBA's eq. F.1. Sampler: LLaDA's generate.py, Dream's diffusion_generate
 and the threshold of Fast-dLLM (arXiv 2505.22618) are one loop, generate, with a few small functions
-below it for what they do differently.
+below it for what they do differently. Departures from the originals: no mask is ever written,
+confidences are float32, Dream's counts are taken by row, and end-of-text can be held back at every
+temperature.
 """
 from dataclasses import dataclass
 from itertools import count
@@ -28,9 +30,9 @@ def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 2
         log_p = backbone.head(h).float().log_softmax(-1)               # (chunk, V)
         return -log_p.gather(1, targets[:, None])[:, 0], log_p.amax(-1).detach()
 
-    scored = [recomputed(score, *pair, enabled=backbone.recompute)
-              for pair in zip(h.split(chunk), targets.split(chunk))]
-    losses, confidences = zip(*scored)
+    pieces = zip(h.split(chunk), targets.split(chunk))
+    results = [recomputed(score, *piece, enabled=backbone.recompute) for piece in pieces]
+    losses, confidences = zip(*results)
     return torch.cat(losses), torch.cat(confidences)
 
 
@@ -65,17 +67,13 @@ def best_positions(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
     return eligible & (rank < n[:, None])
 
 
-CARRY = ("keep", "reset", "shuffle")
-
-
-def carry_over(carry: str, memory: MetaState, slots: Tensor) -> Tensor:
-    """What becomes of the memory (B, M, d) between two steps: keep is the method. The controls:
-    reset, it begins anew; shuffle, every sample goes on with the memory of another."""
-    if carry == "reset":
-        return memory.initial(len(slots))
-    if carry == "shuffle":
-        return slots.roll(1, dims=0)
-    return slots
+# What becomes of the slots (B, M, d) between two steps. keep is the method; the controls: reset, the
+# memory begins anew; shuffle, every sample goes on with the memory of another.
+CARRY = {
+    "keep": lambda memory, slots: slots,
+    "reset": lambda memory, slots: memory.initial(len(slots)),
+    "shuffle": lambda memory, slots: slots.roll(1, dims=0),
+}
 
 
 def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor, counts: Tensor,
@@ -83,20 +81,20 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
            think: int = 0) -> tuple[Tensor, Tensor]:
     """K denoising steps from all masked to all revealed; the memory runs through all of them.
 
-        L = sum_k w_k [lam * dense_k + (1 - lam) * reveal_k],    w_k = n_k / N
+        L = sum_k w_k [lam * dense_k + (1 - lam) * reveal_k],    w_k = n_k / (n_1 + ... + n_K)
 
     dense_k averages the cross-entropy over what is masked at step k, reveal_k over what is revealed
-    there. ids, maskable, noise (B, T); counts (B, K): n_k, which sum to N, the row's maskable
-    positions; by_confidence (B,) bool: rows that reveal where the model is surest, not at random.
-    think: passes over the unwritten answer before step 1, whose slots the unroll begins with, so
-    that a memory learns to keep what it knows for longer than K steps. A control that carries
-    nothing over would gain nothing from them.
+    there. ids, maskable, noise (B, T); counts (B, K): n_k, in sum the row's maskable positions;
+    by_confidence (B,) bool: rows that reveal where the model is surest, not at random; carry: see
+    CARRY. think: passes over the unwritten answer before step 1, whose slots the unroll begins
+    with, so that a memory learns to keep what it knows for longer than K steps. With reset nothing
+    would come of them.
     Returns the mean of L over rows, and that of dense_k for each k, (K,).
     """
     mask_id = backbone.config.mask_id
     masked = maskable                                                  # (B, T)
     slots = memory.initial(len(ids))                                   # (B, M, d)
-    if carry == "keep":
+    if carry != "reset":
         unwritten = ids.masked_fill(maskable, mask_id)                 # (B, T)
         with torch.no_grad():          # progressive training: no gradient through these passes
             for _ in range(think):
@@ -111,8 +109,9 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         h, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
-        scored = cross_entropy(backbone, h, ids[masked])               # (N,) both
-        ce, confidence = (spread(values, masked) for values in scored) # (B, T) both
+        ce, confidence = cross_entropy(backbone, h, ids[masked])       # (N,) both
+        ce = spread(ce, masked)                                        # (B, T)
+        confidence = spread(confidence, masked)                        # (B, T)
 
         # 3. the n_k positions to reveal
         score = torch.where(by_confidence[:, None], confidence, noise)
@@ -127,14 +126,13 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
 
         # 5. reveal the ground truth; between steps the gradient has no way but the memory
         masked = masked & ~revealed
-        slots = carry_over(carry, memory, slots)
+        slots = CARRY[carry](memory, slots)
     return loss, torch.stack(dense_by_step)
 
 
 # ------------------------------------------------------------------------------------ SAMPLING
 
-LLADA_REMASKING = ("low_confidence", "random")
-DREAM_REMASKING = ("origin", "maskgit_plus", "topk_margin", "entropy")
+LLADA_REMASKING = ("low_confidence", "random")         # the others in SELECT are Dream's
 
 
 @dataclass(frozen=True)
@@ -158,12 +156,13 @@ class Sampling:
     def __post_init__(self) -> None:
         filled = self.n_blocks * (self.block_length or self.gen_length)
         shared_out = self.threshold is not None or self.steps % self.n_blocks == 0
+        ensure(min(self.gen_length, self.think) >= 0,
+               f"gen_length {self.gen_length} and think {self.think} cannot be below 0")
         ensure(filled == self.gen_length and shared_out and self.steps > 0,
                f"gen_length {self.gen_length}, block_length {self.block_length} and steps "
                f"{self.steps} do not divide: blocks must fill gen_length and share steps evenly")
-        known = LLADA_REMASKING + DREAM_REMASKING
-        ensure(self.remasking in known,
-               f"remasking {self.remasking!r} is unknown; take one of {', '.join(known)}")
+        ensure(self.remasking in SELECT,
+               f"remasking {self.remasking!r} is unknown; take one of {', '.join(SELECT)}")
         ensure(self.threshold is None or self.remasking in ("low_confidence", "maskgit_plus"),
                f"threshold needs probabilities, which remasking {self.remasking!r} does not give")
         ensure(self.threshold is None or self.alg_temp == 0,
@@ -190,13 +189,14 @@ class Pass(NamedTuple):
 @torch.no_grad()
 def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None = None,
              carry: str = "keep", attention_mask: Tensor | None = None,
-             seeds: Sequence[int] | None = None,
+             answer_start: int | None = None, seeds: Sequence[int] | None = None,
              on_step: Callable[[Tensor, Pass], None] | None = None, **settings) -> Tensor:
     """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
 
-    settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see carry_over. seeds
-    (B,): a random stream for each row; no row depends on the others, on padding or on the batch.
-    on_step(canvas, pass) sees every pass.
+    settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see CARRY. answer_start:
+    where the answer begins, if some of it stands in prompt_ids already. seeds (B,): of every row's
+    own random stream, by default 0 .. B - 1. No row depends on the others, on padding or on the
+    batch. on_step(canvas, pass) sees every pass.
     """
     s = Sampling(**settings)
     c = backbone.config
@@ -207,19 +207,21 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     if attention_mask is not None:
         attention_mask = F.pad(attention_mask, (0, s.gen_length), value=1)
     maskable = canvas == c.mask_id                                     # (B, T)
+    if answer_start is not None:       # the memory's anchors and time are those of a whole answer
+        maskable[:, answer_start:] = True
     slots = None
     if memory:
         slots = memory.initial(2 * B if s.cfg_scale > 0 else B)        # (B, M, d), see denoise
     streams = RandomStreams(range(B) if seeds is None else seeds, canvas.device)
     propose = propose_llada if s.remasking in LLADA_REMASKING else propose_dream
-    select = SELECT["threshold" if s.threshold is not None else s.remasking]
+    select = SELECT[s.remasking] if s.threshold is None else select_above_threshold
 
     for block in range(s.n_blocks):
-        in_block = maskable.clone()                                    # (B, T)
-        in_block[:, P + (block + 1) * (s.gen_length // s.n_blocks):] = False
-        n_begin = (in_block & (canvas == c.mask_id)).sum(1)            # (B,)
+        end = P + (block + 1) * (s.gen_length // s.n_blocks)
+        n_begin = (canvas[:, :end] == c.mask_id).sum(1)                # (B,)
         for step in count(-s.think if block == 0 else 0):              # below 0: think
-            eligible = in_block & (canvas == c.mask_id)                # (B, T)
+            eligible = canvas == c.mask_id                             # (B, T)
+            eligible[:, end:] = False
             steps_are_over = step == s.steps_per_block and s.threshold is None
             if steps_are_over or not eligible.any():
                 break
@@ -240,7 +242,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
             if on_step:
                 on_step(canvas, Pass(eligible, revealed, guess, confidence, slots))
             if memory:
-                slots = carry_over(carry, memory, slots)
+                slots = CARRY[carry](memory, slots)
     return canvas
 
 
@@ -298,7 +300,7 @@ def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots:
     return logits, slots
 
 
-# Two ways to propose: tokens (N,), never a mask, and a confidence (N,) from logits (N, V).
+# To propose: tokens (N,), never a mask, and a confidence (N,) from logits (N, V).
 
 def propose_llada(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     """LLaDA: Gumbel-max tokens, and their probabilities without the noise. Ends of text or turn can
@@ -347,7 +349,7 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
         ordered, index = kept.sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) > s.top_p              # (N, V)
         beyond = F.pad(beyond, (1, -1))            # the first one beyond top_p stays
-        beyond = torch.zeros_like(beyond).scatter(1, index, beyond)
+        beyond = beyond.scatter(1, index, beyond)
         kept = kept.masked_fill(beyond, lowest)
     if s.top_k is not None:
         k = min(s.top_k, kept.shape[1])
@@ -359,23 +361,22 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
     return kept.scatter(1, best, logits.gather(1, best))
 
 
-# Five ways to select what is revealed: from confidences (B, T), bool (B, T).
-
 def quota(turn: Turn) -> Tensor:
     """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
     steps = turn.sampling.steps_per_block
     one_more = turn.step < turn.n_begin % steps
-    return turn.n_begin // steps + one_more.long()
+    return turn.n_begin // steps + one_more
 
 
 def share(turn: Turn) -> Tensor:
     """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
     steps = turn.sampling.steps_per_block
-    if turn.step == steps - 1:
-        return torch.tensor(1.0)
     timesteps = torch.linspace(1, 1e-3, steps + 1)
+    timesteps[-1] = 0
     return 1 - timesteps[turn.step + 1] / timesteps[turn.step]
 
+
+# To select what is revealed: from confidences (B, T), bool (B, T).
 
 def select_quota(confidence: Tensor, turn: Turn) -> Tensor:
     """LLaDA: the surest ones, as many as the step's quota says."""
@@ -406,7 +407,7 @@ def select_by_chance(confidence: Tensor, turn: Turn) -> Tensor:
 
 
 def select_above_threshold(confidence: Tensor, turn: Turn) -> Tensor:
-    """Fast-dLLM: all that the model is surer of than the threshold, at least the surest one."""
+    """Fast-dLLM: all with at least this confidence, and always the surest one."""
     one = torch.ones_like(turn.n_begin)                                # (B,)
     surest = best_positions(confidence, turn.eligible, one)
     return surest | (turn.eligible & (confidence >= turn.sampling.threshold))
@@ -419,5 +420,4 @@ SELECT = {
     "maskgit_plus": select_share,
     "topk_margin": select_share,
     "entropy": select_share,
-    "threshold": select_above_threshold,
 }

@@ -19,7 +19,7 @@ import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -31,15 +31,16 @@ from diffusion import CARRY, Pass, generate
 from metastate import MetaState
 from model import (Backbone, Tokenizer, blame, cache_folder, check_output, download, ensure,
                    write_atomically)
-from sample import (COUNT, add_model_options, add_sampling_options, choose_models, open_models,
-                    run_program, sampling_settings, start_device)
+from sample import (COUNT, NUMBER, SAMPLING_DEFAULTS, add_model_options, add_sampling_options,
+                    choose_models, is_right, open_models, run_program, sampling_settings,
+                    start_device)
 
 # ------------------------------------------------------------------------ THE BUILT-IN PROBLEMS
 # A dial shows a digit, and each button has a rule that takes every digit to another. The rules are
 # fixed random permutations, so that nothing shortens the chain of look-ups.
 
 BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
-RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
+BUTTON_RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
 N_PROBLEMS = 10 * len(BUTTONS) ** PRESSES
 SPLIT_ORDER = 37                       # seed of the order that the splits cut up
@@ -55,7 +56,7 @@ def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
     question = f"The dial shows {digit}. Press {names}."
     hops = []
     for i in pressed:
-        digit = RULES[i][digit]
+        digit = BUTTON_RULES[i][digit]
         hops.append(f" {BUTTONS[i]} gives {digit}")
     return {"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"}
 
@@ -64,7 +65,7 @@ def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
     """The first n problems of a split. All that exist stand in one fixed random order which the
     splits cut up: no question is in two of them."""
     order = np.random.default_rng(SPLIT_ORDER).permutation(N_PROBLEMS)
-    numbers = order[SPLITS[split]][:n]                 # the last digit of a number is the dial's
+    numbers = order[SPLITS[split]][:n]                 # digit + 10 * (button + 8 * (button + ...
     shape = [10] + [len(BUTTONS)] * PRESSES
     columns = np.unravel_index(numbers, shape, order="F")
     return [dial_problem(digit, pressed) for digit, *pressed in np.transpose(columns).tolist()]
@@ -89,7 +90,7 @@ COT = "Q: {}\nA:"
 STOPS = ("</s>", "<|im_end|>")
 END = "<|endoftext|>"
 PROTOCOLS = {
-    "dial": Protocol("{}", "strict", (END,), chat=True, settings=dict(gen_length=20, steps=5)),
+    "dial": Protocol("{}", "strict", (END,), chat=True, settings=SAMPLING_DEFAULTS["tiny"]),
     # lm-eval gsm8k, 5-shot: LLaDA-Base
     "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
                       settings=dict(gen_length=256)),
@@ -108,28 +109,23 @@ DEFAULT_PROTOCOL = {"tiny": "dial", "llada-base": "gsm8k", "llada": "chat-few-sh
                     "llada-1.5": "chat-few-shot", "dream-base": "gsm8k-cot", "dream": "chat"}
 
 
-class Rule(NamedTuple):
-    pattern: str
-    which: int                         # of all matches
-
-
-RULES_OF_ANSWERS = {
-    "strict": Rule(r"#### (\-?[0-9\.\,]+)", 0),
-    "cot_strict": Rule(r"The answer is (\-?[0-9\.\,]+).", 0),
-    "flexible": Rule(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
-    "numeric": Rule(r"(-?\$?\d[\d,]*(?:\.\d+)?)", -1),
+ANSWER_RULES = {                       # a pattern, and which of its matches is the answer
+    "strict": (r"#### (\-?[0-9\.\,]+)", 0),
+    "cot_strict": (r"The answer is (\-?[0-9\.\,]+).", 0),
+    "flexible": (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1),
+    "numeric": (f"({NUMBER})", -1),
 }
 
 
 def extract(text: str, rule: str) -> str:
     """The answer in a text, or "[invalid]". strict, cot_strict and flexible as lm-eval's filters
     strict-match (gsm8k, gsm8k_cot) and flexible-extract compute them; numeric: the last number."""
-    pattern, which = RULES_OF_ANSWERS[rule]
+    pattern, which = ANSWER_RULES[rule]
     matches = list(re.finditer(pattern, text))
     if not matches:
         return "[invalid]"
-    groups = matches[which].groups()
-    return next(group for group in groups if group)
+    match = matches[which]
+    return match[match.lastindex]      # the one group that took part
 
 
 def normalised(text: str) -> str:
@@ -141,14 +137,10 @@ def normalised(text: str) -> str:
 
 def is_correct(answer: str, gold: str, rule: str) -> bool:
     """Whether an extracted answer is that of the data set's full answer: as strings after lm-eval's
-    deletions, or by the rule numeric as numbers, so that 18, 18.00, $18 and 18. are the same."""
-    answer, gold = normalised(answer), normalised(gold)
-    if rule != "numeric":
-        return answer == gold
-    try:
-        return float(answer) == float(gold)
-    except ValueError:
-        return False
+    deletions, or by the rule numeric as numbers."""
+    if rule == "numeric":
+        return is_right(answer, gold)
+    return normalised(answer) == normalised(gold)
 
 
 def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list) -> list[int]:
@@ -221,49 +213,33 @@ def read_problems(path: Path) -> list[dict[str, str]]:
 
 # -------------------------------------------------------------------------------------- SCORES
 
-class Watch:
-    """Counts the passes of every row, and keeps what would be written after some of them."""
-
-    def __init__(self, look_at: tuple[int, ...]):
-        self.look_at = look_at
-        self.n = 0
-        self.n_by_row = 0                              # then (B,): a row that is done waits
-        self.looks: dict[int, Tensor] = {}             # after pass n: (B, T)
-
-    def on_step(self, canvas: Tensor, found: Pass) -> None:
-        self.n += 1
-        self.n_by_row = self.n_by_row + found.eligible.any(1).long()
-        if self.n in self.look_at:
-            self.looks[self.n] = found.guess
-
-
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
-             settings: dict, todo: list[int] | None = None, shots: list[dict] = (),
+             settings: dict, todo: list[int] | None = None, shots: Sequence[dict] = (),
              memory: MetaState | None = None, carry: str = "keep", batch_size: int = 32,
-             seed: int = 0, look_at: tuple[int, ...] = ()) -> Iterator[dict]:
+             seed: int = 0) -> Iterator[dict]:
     """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
     correct, passes}. settings: of Sampling. No answer depends on its batch, except under shuffle.
-    With look_at, the rows are instead what would be written at once after each of these numbers of
-    passes."""
+    """
     if todo is None:
         todo = list(range(len(problems)))
     n_batches = math.ceil(len(todo) / batch_size)
     batches = np.array_split(todo, n_batches) if todo else []  # as equal in size as can be
     for batch in batches:
+        batch = batch.tolist()
         prompts = [prompt_ids(tokenizer, protocol, problems[i], shots) for i in batch]
         ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
                                           backbone.embedding.weight.device)
-        watch = Watch(look_at)
+        passes = torch.zeros(len(batch), dtype=torch.long, device=ids.device)
+
+        def count_passes(canvas: Tensor, this_pass: Pass) -> None:
+            passes.add_(this_pass.eligible.any(1))     # a row that is done waits
+
         canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
-                          seeds=[seed + int(i) for i in batch], on_step=watch.on_step, **settings)
-        written = [(canvas, watch.n_by_row.tolist())]
-        if look_at:
-            written = [(look, [n] * len(batch)) for n, look in watch.looks.items()]
-        for canvas, passes in written:
-            answers = canvas[:, ids.shape[1]:].tolist()
-            for i, answer_ids, n_passes in zip(batch.tolist(), answers, passes):
-                judged = judge(tokenizer, protocol, problems[i], answer_ids)
-                yield {"index": i, **judged, "passes": n_passes}
+                          seeds=[seed + i for i in batch], on_step=count_passes, **settings)
+        answers = canvas[:, ids.shape[1]:].tolist()
+        for i, answer_ids, n_passes in zip(batch, answers, passes.tolist()):
+            judged = judge(tokenizer, protocol, problems[i], answer_ids)
+            yield {"index": i, **judged, "passes": n_passes}
 
 
 def judge(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int]) -> dict:
@@ -279,6 +255,7 @@ def answer_text(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) ->
     text = tokenizer.decode(ids)
     for stop in stops:                 # which may be a control token
         text = text.split(stop)[0]
+    # once more, without the control tokens that no stop has cut off
     return tokenizer.decode(tokenizer.encode(text), skip_special=True)
 
 
@@ -301,6 +278,7 @@ def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
     difference = np.asarray(b, float) - np.asarray(a, float)
     values, counts = np.unique(difference, return_counts=True)
     n = len(difference)
+    # to draw n problems is to draw how often each difference occurs
     resampled = np.random.default_rng(0).multinomial(n, counts / n, 10_000)
     low, high = np.quantile(resampled @ values / n, (0.025, 0.975))
     return difference.mean(), low, high
@@ -340,11 +318,11 @@ class Bench:
     problems: list[dict]
     gen_length: int
 
-    def score(self, who: Contestant, look_at: tuple[int, ...] = (), **settings) -> list[dict]:
+    def score(self, who: Contestant, **settings) -> list[dict]:
         """The rows of evaluate, and in each whether the whole answer is right to the letter."""
         rows = list(evaluate(
             self.backbone, self.tokenizer, self.problems, PROTOCOLS["dial"], memory=who.memory,
-            carry=who.carry, batch_size=250, look_at=look_at,
+            carry=who.carry, batch_size=250,
             settings={"gen_length": self.gen_length, **settings}))
         for row in rows:
             row["whole"] = row["text"] == self.problems[row["index"]]["answer"]
@@ -355,7 +333,7 @@ def percent(values: list[bool]) -> str:
     return f"{100 * np.mean(values):.1f}"
 
 
-def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
+def table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
     """A table for people, 80 columns wide at most, which is also Markdown."""
     width = max(map(len, rows))
 
@@ -364,29 +342,27 @@ def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> st
 
     lines = [title, "", line("", header), "|---" * (len(header) + 1) + "|"]
     lines += [line(name, cells) for name, cells in rows.items()]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    return text
+    return "\n".join(lines) + "\n"
 
 
 def thinking_table(bench: Bench, everyone: dict[str, Contestant]) -> tuple[str, dict]:
     """How many whole answers are right if they are written at once, after N passes over an answer
     of nothing but masks. Without a memory no pass can differ from the first: its input does not."""
-    found = {}
+    results = {}
     for name, who in tqdm(everyone.items(), desc="thinking", leave=False, disable=None):
-        rows = bench.score(who, look_at=THINKING_PASSES, think=max(THINKING_PASSES) - 1, steps=1)
-        found[name] = {n: {"whole": [], "result": []} for n in THINKING_PASSES}
-        for row in rows:
-            after_n = found[name][row["passes"]]
-            after_n["whole"].append(row["whole"])
-            after_n["result"].append(row["correct"])
+        results[name] = {}
+        for n in THINKING_PASSES:
+            rows = bench.score(who, think=n - 1, steps=1)              # the n-th pass writes
+            results[name][n] = {"whole": [row["whole"] for row in rows],
+                                "result": [row["correct"] for row in rows]}
     text = ""
-    for key, title in (("whole", "Whole answers right (%)"), ("result", "Final results right (%)")):
-        title += f" after N passes without a word, {len(bench.problems)} problems, N ="
+    for key, what in (("whole", "Whole answers"), ("result", "Final results")):
+        title = (f"{what} right (%) after N passes without a word, {len(bench.problems)} problems, "
+                 "N =")
         cells = {name: [percent(after_n[key]) for after_n in by_n.values()]
-                 for name, by_n in found.items()}
-        text += print_table(title, list(map(str, THINKING_PASSES)), cells) + "\n"
-    return text, found
+                 for name, by_n in results.items()}
+        text += table(title, list(map(str, THINKING_PASSES)), cells) + "\n"
+    return text, results
 
 
 def cheapest(valid: Bench, who: Contestant, schedules: dict[str, dict], desc: str) -> str:
@@ -410,23 +386,23 @@ def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
     blocks = {f"blocks of {n}": dict(block_length=n, steps=length // n) for n in BLOCK_LENGTHS}
     thresholds = {f"threshold {x}": dict(threshold=x, steps=1) for x in THRESHOLDS}
     cells = {}
-    found = {}
+    results = {}
     for name in ("frozen", "MetaState"):
         who = everyone[name]
         schedules = dict(quotas)
         for kind in (blocks, thresholds):
             best = cheapest(valid, who, kind, desc=f"schedules, {name}")
             schedules[best] = kind[best]
-        found[name] = {}
+        results[name] = {}
         for label, settings in schedules.items():
             rows = bench.score(who, **settings)
             correct = [row["correct"] for row in rows]
             passes = [row["passes"] for row in rows]
-            found[name][label] = {"correct": correct, "passes": passes}
+            results[name][label] = {"correct": correct, "passes": passes}
             cells[f"{name}, {label}"] = [percent(correct), f"{np.mean(passes):.2f}"]
     title = (f"Final results right (%), {len(bench.problems)} problems; block length and threshold "
              "were chosen on others")
-    return print_table(title, ["right", "passes"], cells), found
+    return table(title, ["right", "passes"], cells), results
 
 
 # --------------------------------------------------------------------------------- RESULT FILES
@@ -474,18 +450,19 @@ def compare(a: Path, b: Path) -> None:
           f"{100 * high:+.1f})")
 
 
-def rows_so_far(path: Path, setting: dict) -> dict[int, dict]:
-    """The rows of a results file that this setting may go on with."""
-    found, rows = read_results(path)
-    for key in setting:
-        ensure(found.get(key) == setting[key], f"{path} was made with {key} = {found.get(key)!r}, "
-               f"not {setting[key]!r}; give another --out")
+def rows_so_far(path: Path, made_with: dict) -> dict[int, dict]:
+    """The rows of a results file that a run with these settings may go on with."""
+    setting, rows = read_results(path)
+    for key, value in made_with.items():
+        before = setting.get(key)
+        ensure(before == value, f"{path} was made with {key} = {before!r}, not {value!r}; give "
+               "another --out")
     return rows
 
 
-def print_score(path: Path, setting: dict, seconds: float) -> None:
+def print_score(path: Path, seconds: float) -> None:
     """The score of a finished results file: there is none with fewer rows than problems."""
-    _, rows = read_results(path)
+    setting, rows = read_results(path)
     n = setting["problems"]
     ensure(len(rows) == n, f"{path} holds {len(rows)} of {n} answers; run again to go on")
     right = sum(row["correct"] for row in rows.values())
@@ -506,7 +483,7 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, help="JSON lines of question and answer (default: the built-in "
         "problems for tiny, else GSM8K's test file, fetched once)")
     add("--protocol", choices=PROTOCOLS, help="default: by --init")
-    add("--rule", choices=RULES_OF_ANSWERS, help="default: the protocol's")
+    add("--rule", choices=ANSWER_RULES, help="default: the protocol's")
     add("--limit", type=COUNT, help="only the first so many problems")
     add("--out", type=Path, help="results, resumed if there are some (default: in out/eval)")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="compare two results and exit")
@@ -519,7 +496,7 @@ def arguments() -> argparse.Namespace:
 
 def find_problems(args: argparse.Namespace, kind: str) -> list[dict[str, str]]:
     if args.data is None and kind == "tiny":
-        return dial_problems("test")[:args.limit]
+        return dial_problems("test", args.limit)
     return read_problems(args.data or gsm8k_file("test.jsonl"))[:args.limit]
 
 
@@ -528,7 +505,13 @@ def find_shots(args: argparse.Namespace, n: int) -> list[dict[str, str]]:
     if n == 0:
         return []
     near = args.data and args.data.with_name("train.jsonl")
-    return read_problems(near if near and near.exists() else gsm8k_file("train.jsonl"))[:n]
+    path = near if near and near.exists() else gsm8k_file("train.jsonl")
+    ensure(path != args.data, f"the protocol takes its {n} solved examples from {path}; give other "
+           "problems by --data")
+    shots = read_problems(path)[:n]
+    ensure(len(shots) == n, f"{path} has {len(shots)} of the {n} solved examples that the protocol "
+           "wants; give more")
+    return shots
 
 
 def main() -> None:
@@ -543,8 +526,9 @@ def main() -> None:
     if args.rule:
         protocol = replace(protocol, rule=args.rule)
     settings = sampling_settings(args, protocol.settings)
-    ensure(args.carry != "shuffle" or args.batch_size > 1, "--carry shuffle exchanges memories "
-           "within a batch; give a --batch-size of two or more")
+    ensure(args.carry != "shuffle" or args.batch_size > 2, "--carry shuffle exchanges memories "
+           "within a batch, and of batches of two one may be left over; give a --batch-size of "
+           "three or more")
     problems = find_problems(args, choice.kind)
     shots = find_shots(args, protocol.shots)
     if args.out:
@@ -556,8 +540,8 @@ def main() -> None:
     made_with = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
                  "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
                  "sampling": settings}
-    if args.carry == "shuffle":
-        made_with["batch_size"] = args.batch_size      # whose memory a row gets depends on it
+    if args.carry == "shuffle":        # whose memory a row gets depends on them
+        made_with |= {"batch_size": args.batch_size, "processes": world}
     default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(made_with)}.jsonl"
     out = args.out or default_out
     if rank == 0 and not out.exists():
@@ -566,7 +550,10 @@ def main() -> None:
     if world > 1:
         torch.distributed.barrier()                    # now the file is there
     rows = rows_so_far(out, made_with)
-    todo = [i for i in range(rank, len(problems), world) if i not in rows]
+    mine = range(rank, len(problems), world)
+    todo = [i for i in mine if i not in rows]
+    if todo and args.carry == "shuffle":
+        todo = list(mine)              # in the same batches as before
     begin = time.time()
     with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
         answers = evaluate(backbone, tokenizer, problems, protocol, settings=settings, todo=todo,
@@ -580,7 +567,7 @@ def main() -> None:
     if world > 1:
         torch.distributed.barrier()                    # now all is answered
     if rank == 0:
-        print_score(out, made_with, time.time() - begin)
+        print_score(out, time.time() - begin)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class MemoryConfig:
     d_time: int                    # width of the time conditioner
     write_layer: int               # w: the Injector writes before it
     read_layer: int                # r: the Mixer reads before it
-    n_free_head: int = 0           # heads that start without an anchor, see MetaState.anchors
+    n_free_head: int = 0           # heads without an anchor, see MetaState.anchors
 
 
 def preset(backbone: Backbone) -> MemoryConfig:
@@ -56,22 +56,25 @@ def preset(backbone: Backbone) -> MemoryConfig:
 
 def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
     """Time t (B,) in [0, 1], in training and in sampling: masked tokens / maskable tokens."""
-    masked = (ids == mask_id) & maskable                               # (B, T)
+    masked = (ids == mask_id) & maskable       # (B, T); guidance masks the prompt, too
     return masked.sum(1) / maskable.sum(1).clamp(min=1)
+
+
+N_FREQUENCIES = 64             # from a quarter turn over all of t to 1,000 times that: the slow
+                               # ones tell early from late, the fast ones one token from the next
 
 
 class TimeConditioner(nn.Module):
     """t (B,) -> (B, 1, d_time): sinusoids of t, then an MLP. One for all three modules."""
 
-    def __init__(self, d_time: int, n_frequencies: int = 64):
+    def __init__(self, d_time: int):
         super().__init__()
-        self.n_frequencies = n_frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * n_frequencies, d_time), nn.SiLU(),
+        self.mlp = nn.Sequential(nn.Linear(2 * N_FREQUENCIES, d_time), nn.SiLU(),
                                  nn.Linear(d_time, d_time), nn.SiLU())
 
     def forward(self, t: Tensor) -> Tensor:
-        frequency = torch.logspace(0, 3, self.n_frequencies, device=t.device) * math.pi / 2
-        angle = t[:, None, None] * frequency                           # (B, 1, n_frequencies)
+        frequency = torch.logspace(0, 3, N_FREQUENCIES, device=t.device) * math.pi / 2
+        angle = t[:, None, None] * frequency                           # (B, 1, N_FREQUENCIES)
         return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
 
 
@@ -84,7 +87,8 @@ class AdaRMSNorm(nn.Module):
         self.gain = nn.Linear(d_time, d)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + self.gain(time))
+        gain = self.gain(time).float()             # in bf16, 1 + gain would swallow a small one
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + gain)
 
 
 class CrossAttention(nn.Module):
@@ -184,7 +188,7 @@ class MetaState(nn.Module):
         The slots are anchored evenly along the maskable positions, so that each looks first at
         its own stretch of the answer: -(sharpness * distance) ** 2, distance in units of slots.
         Prompt and padding do not move the anchors: they all stand just before the answer. A free
-        head (sharpness 0) sees all alike.
+        head (sharpness 0) sees all alike, and stays free: at 0 the square has no slope.
         """
         M = self.config.n_slots
         n_maskable = maskable.sum(1, keepdim=True).clamp(min=1)        # (B, 1)
@@ -210,20 +214,21 @@ class MetaState(nn.Module):
             h, context = backbone.embed(ids, attention_mask)           # (B, T, D)
             h = backbone.run(h, context, 0, c.write_layer)             # (B, T, D)
 
-        # The memory's weights are float32 and compute in the backbone's precision. Recomputed with
-        # the layers: else every step of an unroll would keep bf16 copies of them.
-        precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
-        recompute = backbone.recompute
         to_tokens, to_slots = self.anchors(maskable)                   # (B, H, M, T), (B, H, T, M)
-        if attention_mask is not None:
-            padding = attention_mask[:, None, None, :] == 0            # (B, 1, 1, T)
-            to_tokens = to_tokens.masked_fill(padding, float("-inf"))
+        if context.key_mask is not None:
+            to_tokens = to_tokens.masked_fill(~context.key_mask, float("-inf"))
 
+        # The memory's weights are float32; they compute in the backbone's precision.
+        precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
+        # Recomputed as the layers are: else every step of an unroll would keep bf16 copies of them.
+        recompute = backbone.recompute
         with precision:
-            time = self.time(masked_fraction(ids, maskable, backbone.config.mask_id))
+            t = masked_fraction(ids, maskable, backbone.config.mask_id)            # (B,)
+            time = self.time(t)                                                    # (B, 1, d_time)
 
-            # 1. write: every token asks the slots, and the answer joins the residual stream
-            written = recomputed(self.injector, h, slots, time, to_slots, enabled=recompute)
+            # 1. write: every token asks the slots, and what they say joins the residual stream
+            written = recomputed(self.injector, h, slots, time, to_slots,          # (B, T, D)
+                                 enabled=recompute)
         h = h + written.to(h.dtype)                                    # (B, T, D)
 
         # 2. run: the layers between work with what was written
@@ -231,13 +236,15 @@ class MetaState(nn.Module):
 
         with precision:
             # 3. read: every slot asks the tokens
-            read = recomputed(self.mixer, slots, h, time, to_tokens, enabled=recompute)
+            read = recomputed(self.mixer, slots, h, time, to_tokens,               # (B, M, d)
+                              enabled=recompute)
 
             # 4. update: every slot takes of it what its gates let through
             new_slots = recomputed(self.updater, slots, read, time, enabled=recompute)  # (B, M, d)
 
-        h = backbone.run(h, context, c.read_layer, len(backbone.layers))
-        return backbone.pick(h, wanted), new_slots
+        # 5. run on to the top
+        h = backbone.run(h, context, c.read_layer, len(backbone.layers))           # (B, T, D)
+        return backbone.pick(h, wanted), new_slots                     # (N, D), (B, M, d)
 
 
 # ------------------------------------------------------------------------------- SAVE AND LOAD
@@ -245,10 +252,10 @@ class MetaState(nn.Module):
 GIVE_CHECKPOINT = "give a checkpoint that train.py wrote"
 
 
-def save_checkpoint(path: Path, model: nn.Module, config: object, **more: object) -> None:
-    """Write a trained module and what belongs to it, plain values and tensors."""
+def save_checkpoint(path: Path, model: nn.Module, **more: object) -> None:
+    """Write a trained module, its config, and what belongs to it, plain values and tensors."""
     with write_atomically(path) as file:
-        torch.save({"model": model.state_dict(), "config": asdict(config), **more}, file)
+        torch.save({"model": model.state_dict(), "config": asdict(model.config), **more}, file)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -266,10 +273,10 @@ def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -
     state = load_checkpoint(path)
     with blame(path, GIVE_CHECKPOINT):
         config = MemoryConfig(**state["config"])
-        check_config(config, path)
-        known = state["backbone"]["digest"] == backbone.digest()
+        check_config(config)
+        same_backbone = state["backbone"]["digest"] == backbone.digest()
         name = state["backbone"]["name"]
-        ensure(known or any_backbone, f"{path} was trained on another backbone, {name}; give that "
+        ensure(same_backbone or any_backbone, f"{path} was trained on another backbone, {name}; give that "
                "by --init, or --any-backbone if you know better")
         ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
                f"{config.d_model}, not {backbone.config.d_model}; give the right --init")

@@ -61,6 +61,8 @@ def blame(source: object, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"no {reason}"
         first_sentence = re.split(r"\.\s|\n", reason)[0]
         raise InputError(f"{source} cannot be used ({first_sentence}); {advice}")
 
@@ -256,11 +258,11 @@ class Backbone(nn.Module):
     def digest(self) -> str:
         """What tells this backbone from another: a hash of its config and of the first row of
         every weight, rounded to bfloat16, so that neither device nor dtype matters."""
-        found = hashlib.sha256(repr(self.config).encode())
+        sha = hashlib.sha256(repr(self.config).encode())
         for p in self.parameters():
             first_row = p[:1].detach().to(torch.bfloat16).float().cpu()
-            found.update(first_row.numpy().tobytes())
-        return found.hexdigest()[:16]
+            sha.update(first_row.numpy().tobytes())
+        return sha.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------- WEIGHTS
@@ -359,9 +361,9 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def check_config(config: Any, source: object) -> None:
+def check_config(config: Any) -> None:
     """Every field of a dataclass that came from a file must be of its type, and every number of a
-    sane size. Raises InputError."""
+    sane size. Raises ValueError."""
     for field in fields(config):
         value = getattr(config, field.name)
         expected = int | float if field.type is float else field.type      # JSON may say 5 for 5.0
@@ -369,42 +371,43 @@ def check_config(config: Any, source: object) -> None:
         if isinstance(value, bool):        # Python counts it among the ints
             sound = field.type is bool
         elif isinstance(value, int | float):
-            sound = sound and 0 <= value < 2 ** 31                         # neither is nan
-        ensure(sound, f"{source} has {field.name} = {value!r}, no sound value; {FETCH_AGAIN}")
+            sound = sound and 0 <= value < 2 ** 31                         # nan is neither
+        if not sound:
+            raise ValueError(f"{field.name} = {value!r} is no sound value")
 
 
 def read_config(folder: Path) -> Config:
     """The architecture that a folder's config.json describes. Raises InputError."""
     path = folder / "config.json"
-    found = read_json(path)
-    kind = str(found.pop("model_type", None)).lower()
+    entries = read_json(path)
+    kind = str(entries.pop("model_type", None)).lower()
     ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada or Dream")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
-        ensure(found.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
+        ensure(entries.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
     with blame(path, FETCH_AGAIN):
         if kind == "tiny":
-            c = Config(**found)
+            c = Config(**entries)
         else:
-            if found.get("embedding_size") is None:
-                found["embedding_size"] = found["vocab_size"]
-            values = {ours: found[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
+            if entries.get("embedding_size") is None:
+                entries["embedding_size"] = entries["vocab_size"]
+            values = {ours: entries[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
             c = replace(LLADA if kind == "llada" else DREAM, **values)
-    check_config(c, path)
-    sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
-    positive = min(*sizes, c.norm_eps, c.rope_theta) > 0
-    heads_fit = positive and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
-    ids_fit = max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size
-    ensure(heads_fit and ids_fit and c.kind == kind,
-           f"{path} has values that do not fit together, {c}; {FETCH_AGAIN}")
+        check_config(c)
+        sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
+        positive = min(*sizes, c.norm_eps, c.rope_theta) > 0           # before they divide
+        heads_fit = positive and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
+        ids_fit = max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size
+        if not (heads_fit and ids_fit and c.kind == kind):
+            raise ValueError(f"its values do not fit together, {c}")
     return c
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     """A JSON object; json.loads alone would take the last of two entries of one name."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("a name stands twice in its header")
-    return found
+    return entries
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -421,23 +424,23 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{size:,} bytes hold no header of {length:,}")
             header = json.loads(file.read(length), object_pairs_hook=unique_keys)
         header.pop("__metadata__", None)
+        data = np.memmap(path, np.uint8, mode="c", offset=8 + length)
         tensors = {}
-        end = 8 + length               # of the bytes that are accounted for
+        end = 0                        # of the bytes that are accounted for
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             start, stop = entry["data_offsets"]
-            n_bytes = math.prod(shape) * dtype.itemsize
+            # the product as a float: text is refused, and hostile sizes cannot grow for hours
+            n_bytes = math.prod(shape, start=float(dtype.itemsize))
             whole_numbers = all(type(n) is int for n in (start, stop, *shape))
-            if not whole_numbers or 8 + length + start != end or stop - start != n_bytes:
-                raise ValueError(f"tensor {name!r} has an unsound entry, {entry}")
-            if end + n_bytes > size:
+            if not whole_numbers or start != end or stop - start != n_bytes:
+                raise ValueError(f"tensor {name!r} has an unsound entry")
+            if stop > len(data):
                 raise ValueError(f"its {size:,} bytes end within tensor {name!r}")
-            # one mapping for each tensor, so that each can leave memory by itself
-            raw = np.memmap(path, np.uint8, mode="c", offset=end, shape=n_bytes)
-            tensors[name] = torch.from_numpy(raw).view(dtype).view(shape)
-            end += n_bytes
-        if end != size:
-            raise ValueError(f"it has {size:,} bytes, its header describes {end:,}")
+            tensors[name] = torch.from_numpy(data[start:stop]).view(dtype).view(shape)
+            end = stop
+        if end != len(data):
+            raise ValueError(f"{len(data):,} bytes follow its header, which describes {end:,}")
     return tensors
 
 
@@ -470,12 +473,12 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
 
     with blame(folder / "config.json", FETCH_AGAIN), torch.device("meta"):
         backbone = Backbone(config)    # shapes without memory
-    wanted = {original_name(config.kind, name): list(p.shape)
-              for name, p in backbone.named_parameters()}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(wanted | found):
-        ensure(found.get(name) == wanted.get(name), f"{folder} has shape {found.get(name)} for "
-               f"tensor {name!r} where config.json has {wanted.get(name)}; fetch a folder whose "
+    expected = {original_name(config.kind, name): list(p.shape)
+                for name, p in backbone.named_parameters()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    for name in sorted(expected | shapes):
+        ensure(shapes.get(name) == expected.get(name), f"{folder} has shape {shapes.get(name)} for "
+               f"tensor {name!r} where config.json has {expected.get(name)}; fetch a folder whose "
                "config.json and weights belong together")
 
     if dtype is None:
@@ -483,7 +486,7 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
         dtype = torch.bfloat16 if on_gpu else next(iter(tensors.values())).dtype
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     for name, p in backbone.named_parameters():
-        # pop: a file's pages leave our memory as soon as its tensor has been copied
+        # pop: a file leaves our memory as soon as its last tensor has been copied
         p.copy_(tensors.pop(original_name(config.kind, name)))
     return backbone
 
@@ -557,7 +560,7 @@ def locked(path: Path, wait: bool, message: str) -> Iterator[None]:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 ensure(wait, message)
                 print(message, file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -669,18 +672,17 @@ def download_repository(repository: str, folder: Path) -> None:
                  if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", file["rfilename"])]
         missing = [file for file in files if not (folder / file["rfilename"]).exists()]
         total = sum(file["size"] for file in missing)
+        # of a large file the hub knows the sha256, of others git's own hash
+        hashes = [{"sha256": file["lfs"]["sha256"]} if file.get("lfs")
+                  else {"git_blob": file["blobId"]} for file in missing]
     free = shutil.disk_usage(folder).free
     ensure(free > total, f"{folder} has {free / 1e9:.1f} GB free where {total / 1e9:.1f} are needed"
            "; make room, or set XDG_CACHE_HOME")
     print(f"{repository}: {len(missing)} files, {total / 1e9:.1f} GB, into {folder}",
           file=sys.stderr)
-    for file in missing:
-        name = file["rfilename"]
-        url = f"{hub}/{repository}/resolve/{revision}/{name}"
-        if file.get("lfs"):            # large: the hub knows its sha256, of others git's own hash
-            download(url, folder / name, sha256=file["lfs"]["sha256"])
-        else:
-            download(url, folder / name, git_blob=file.get("blobId"))
+    for file, known_hash in zip(missing, hashes):
+        url = f"{hub}/{repository}/resolve/{revision}/{file['rfilename']}"
+        download(url, folder / file["rfilename"], **known_hash)
     (folder / "complete").write_text(revision)
 
 
@@ -756,11 +758,14 @@ class Tokenizer:
 
 
 def tiny_tokenizer(words: list[str]) -> Tokenizer:
-    """The tokeniser of a tiny backbone: 256 bytes, and these words as one token each."""
+    """The tokeniser of a tiny backbone: 256 bytes, and these words as one token each. Raises
+    ValueError for more words than it has ids."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
     special = {"<|mask|>": TINY.mask_id, "<|endoftext|>": TINY.eos_id}
+    if len(ranks) > TINY.mask_id:
+        raise ValueError(f"{len(words)} words are too many for a tiny backbone")
     pattern = "|".join([*map(re.escape, words), r"[\s\S]"])
     encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens=special)

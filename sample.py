@@ -21,13 +21,14 @@ import re
 import shutil
 import textwrap
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusion import DREAM_REMASKING, LLADA_REMASKING, Pass, Sampling, generate
+from diffusion import SELECT, Pass, Sampling, generate
 from metastate import GIVE_CHECKPOINT, MetaState, load_checkpoint, load_memory
 from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
                    load_backbone, load_tokenizer, read_config, write_atomically)
@@ -38,8 +39,8 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def run_program(main: Callable[[], None], if_interrupted: str) -> None:
-    """Call a program's main. Whatever ends it early, it ends with one sentence: exit status 1, or
-    130 after Ctrl-C."""
+    """Call a program's main. Bad input, lack of memory and Ctrl-C end it with one sentence and exit
+    status 1, after Ctrl-C 130. A mistake of ours is a traceback."""
     if sys.stdout is None or sys.stderr is None:
         sys.exit("error: standard output or error is closed; lead it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
@@ -55,8 +56,8 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
         print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
     except (MemoryError, RuntimeError) as error:
-        is_plain = type(error) is RuntimeError         # as the one of the CPU's allocator is
-        if is_plain and "can't allocate memory" not in str(error):
+        is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_named and "can't allocate memory" not in str(error):     # the CPU's allocator
             raise
         sys.exit("error: the memory of this machine or device is too small; take smaller batches, "
                  "a shorter --max-length or --gen-length")
@@ -103,7 +104,8 @@ def start_device(name: str | None) -> tuple[torch.device, Processes]:
     processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if processes.world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+        # the first to finish an evaluation may wait for hours for the last
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
     return device, processes
 
 
@@ -152,7 +154,7 @@ def choose_models(args: argparse.Namespace) -> Choice:
     """What the options of add_model_options mean."""
     # 1. the memory: the one given, that of the run --init, or the newest
     memory = args.memory
-    name = None if args.init == "tiny" else args.init
+    name = None if args.init == "tiny" else args.init      # None: that of the memory
     if memory is None and name is None:
         memory = newest_memory()
     elif memory is None and (Path(name) / "memory.pt").is_file():
@@ -215,7 +217,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--block-length", type=COUNT, help="write the answer block by block")
     add("--think", type=between(int, 0, 10 ** 5), help="passes before the first token is revealed")
     add("--threshold", type=SHARE, help="reveal whatever is surer, in as many passes as it takes")
-    add("--remasking", choices=LLADA_REMASKING + DREAM_REMASKING, help="how tokens are chosen")
+    add("--remasking", choices=SELECT, help="how tokens are chosen")
     add("--temperature", type=NOT_NEGATIVE, help="0: the likeliest token")
     add("--top-p", type=SHARE, help="for Dream's ways of remasking, as the next two")
     add("--top-k", type=COUNT)
@@ -229,11 +231,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
     """The largest block up to at_most whose blocks fill gen_length and share out steps."""
-    for block_length in range(min(at_most, gen_length), 0, -1):
-        n_blocks, rest = divmod(gen_length, block_length)
-        if rest == 0 and steps % n_blocks == 0:
-            return block_length
-    return gen_length
+    fitting = [block_length for block_length in range(1, at_most + 1)
+               if gen_length % block_length == 0 and steps % (gen_length // block_length) == 0]
+    return max(fitting, default=gen_length)
 
 
 def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
@@ -246,7 +246,7 @@ def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
     if "block_length" in defaults and "block_length" not in given:
         settings["block_length"] = fitting_block(settings["gen_length"], settings["steps"],
                                                  at_most=defaults["block_length"])
-    Sampling(**settings)
+    Sampling(**settings)               # raises
     return settings
 
 
@@ -262,12 +262,18 @@ def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return ["" if i in tokenizer.hidden else decoder.decode(tokenizer.token_bytes(i)) for i in ids]
 
 
-def is_right(text: str, answer: str | None) -> bool | None:
-    """Whether the last number of a text is the answer; None where no answer is known."""
-    if answer is None:
-        return None
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return bool(numbers) and numbers[-1].replace(",", "") == answer.replace(",", "")
+NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+
+
+def last_number(text: str) -> float | None:
+    numbers = re.findall(NUMBER, text)
+    return float(re.sub("[$,]", "", numbers[-1])) if numbers else None
+
+
+def is_right(text: str, answer: str) -> bool:
+    """Whether the last number of a text is that of the answer: 18, 18.00, $18 and 18. are equal."""
+    number = last_number(text)
+    return number is not None and number == last_number(answer)
 
 
 def rounded(values: Tensor) -> list[float]:
@@ -278,7 +284,8 @@ class Recorder:
     """Keeps what happens to the first sample, pass by pass, as the page wants it."""
 
     def __init__(self, models: Models, memory: MetaState | None, n_prompt: int,
-                 answer: str | None, show: bool):
+                 answer: str | None, remasking: str, show: bool):
+        self.remasking = remasking
         self.tokenizer = models.tokenizer
         self.mask_id = models.backbone.config.mask_id
         self.slots = memory.initial(1)[0] if memory else None          # (M, d)
@@ -287,43 +294,44 @@ class Recorder:
         self.show = show
         self.passes: list[dict] = []
 
-    def on_step(self, canvas: Tensor, found: Pass) -> None:
-        if not found.eligible[0].any():
+    def on_step(self, canvas: Tensor, this_pass: Pass) -> None:
+        if not this_pass.eligible[0].any():
             return                     # it is done, and waits for other samples
-        part = slice(self.n_prompt, None)
-        texts = token_texts(self.tokenizer, found.guess[0, part].tolist())
-        confidence = found.confidence[0, part]                         # of the answer's tokens
-        # Dream's entropy is negative; its exponential lies between 0 and 1 as a probability does
-        strength = torch.where(confidence < 0, confidence.exp(), confidence)
+        part = slice(self.n_prompt, None)              # the answer
+        texts = token_texts(self.tokenizer, this_pass.guess[0, part].tolist())
+        strength = this_pass.confidence[0]                             # (T,)
+        if self.remasking == "entropy":    # below 0; its exponential is like a probability
+            strength = strength.exp() * this_pass.eligible[0]
+        right = None if self.answer is None else is_right("".join(texts), self.answer)
         self.passes.append({
             "texts": texts,
             "masked": (canvas[0, part] == self.mask_id).tolist(),
-            "revealed": found.revealed[0, part].tolist(),
-            "strength": rounded(strength),
-            "change": [] if self.slots is None else self.change(found.slots[0]),
-            "right": is_right("".join(texts), self.answer),            # if it ended here
+            "revealed": this_pass.revealed[0, part].tolist(),
+            "strength": rounded(strength[part]),
+            "change": [] if self.slots is None else self.slot_changes(this_pass.slots[0]),
+            "right": right,            # if it ended here
         })
         if self.show:
             print_pass(len(self.passes), self.passes[-1])
 
-    def change(self, slots: Tensor) -> list[float]:
+    def slot_changes(self, slots: Tensor) -> list[float]:
         """By how much each slot (M, d) has changed since the last call, against its length."""
-        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)
+        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)       # (M,)
         self.slots = slots
         return rounded(change)
 
 
-def print_pass(number: int, found: dict) -> None:
+def print_pass(number: int, record: dict) -> None:
     if number == 1:
         print("pass |how much each slot of the memory changes| the answer;\n"
               "in brackets: not written, only thought")
-    if any(found["revealed"]):
+    if any(record["revealed"]):
         texts = [MASKED if masked else text
-                 for text, masked in zip(found["texts"], found["masked"])]
+                 for text, masked in zip(record["texts"], record["masked"])]
         answer = "".join(texts)
     else:
-        answer = "(" + "".join(found["texts"]).strip() + ")"
-    bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in found["change"])
+        answer = "(" + "".join(record["texts"]).strip() + ")"
+    bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in record["change"])
     begin = f"{number:4d} |{bars}| "
     width = max(40, shutil.get_terminal_size().columns - 1)
     print(textwrap.fill(answer.replace("\n", " / "), width, initial_indent=begin,
@@ -340,15 +348,10 @@ def write_page(path: Path, content: dict) -> None:
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
 
-class Example(NamedTuple):
-    prompt: str
-    answer: str
-
-
-ARITHMETIC = Example("Lily runs 12 kilometers per hour for 4 hours. How far is that?", "48")
-EXAMPLES = {
-    "tiny": Example("The dial shows 4. Press blue, then press red, then press black, then press "
-                    "pink.", "0"),
+ARITHMETIC = ("Lily runs 12 kilometers per hour for 4 hours. How far is that?", "48")
+EXAMPLES = {                           # prompt, answer
+    "tiny": ("The dial shows 4. Press blue, then press red, then press black, then press pink.",
+             "0"),
     "llada": ARITHMETIC,
     "dream": ARITHMETIC,
 }
@@ -380,37 +383,41 @@ def main() -> None:
     # 1. everything that can be wrong without a model
     args = arguments()
     choice = choose_models(args)
-    asked = EXAMPLES[choice.kind] if args.prompt is None else Example(args.prompt, answer=None)
-    answer = asked.answer if args.answer is None else args.answer
+    prompt, answer = EXAMPLES[choice.kind] if args.prompt is None else (args.prompt, None)
+    answer = args.answer or answer
     defaults = SAMPLING_DEFAULTS[choice.kind]
     if args.infill is not None:
         n_blanks = args.infill.count("_")
         ensure(n_blanks, "--infill has no blank; write one _ for each token to fill in")
         remasking = defaults.get("remasking", Sampling.remasking)
         defaults = dict(gen_length=0, steps=n_blanks, remasking=remasking)
-    settings = sampling_settings(args, defaults)
+    settings = {"remasking": Sampling.remasking, **sampling_settings(args, defaults)}
     if args.html:
         check_output(args.html)
 
     # 2. the answers: for the page also those without the memory
     device, _ = start_device(args.device)
     models = open_models(choice, args, device)
-    ids = models.tokenizer.chat([{"role": "user", "content": asked.prompt}])
+    ids = models.tokenizer.chat([{"role": "user", "content": prompt}])
     n_prompt = len(ids)
     if args.infill is not None:
         ids += infill_ids(models.tokenizer, args.infill, models.backbone.config.mask_id)
+        # it ends as answers do in training: with end-of-text, up to the usual length
+        n_missing = n_prompt + SAMPLING_DEFAULTS[choice.kind]["gen_length"] - len(ids)
+        ids += [models.backbone.config.eos_id] * max(0, n_missing)
     prompt_ids = torch.tensor([ids] * args.num_samples, device=device)         # (B, P)
     seeds = range(args.seed, args.seed + args.num_samples)
     memories = [models.memory]
     if args.html and models.memory:
         memories.append(None)
-    print(asked.prompt)
+    print(prompt)
     runs = []
     for memory in memories:
         is_first = not runs
-        recorder = Recorder(models, memory, n_prompt, answer, show=args.show_steps and is_first)
-        canvas = generate(models.backbone, prompt_ids, memory=memory, seeds=seeds,
-                          on_step=recorder.on_step, **settings)
+        recorder = Recorder(models, memory, n_prompt, answer, settings["remasking"],
+                            show=args.show_steps and is_first)
+        canvas = generate(models.backbone, prompt_ids, memory=memory, answer_start=n_prompt,
+                          seeds=seeds, on_step=recorder.on_step, **settings)
         if is_first:
             for row in canvas[:, n_prompt:].tolist():
                 print(models.tokenizer.decode(row, skip_special=True))
@@ -420,10 +427,9 @@ def main() -> None:
     # 3. the page
     if args.html:
         memory_name = choice.memory and f"{choice.memory.parent.name}/{choice.memory.name}"
-        about = {"memory": memory_name, "seed": args.seed, "remasking": Sampling.remasking,
-                 **settings}
+        about = {"memory": memory_name, "seed": args.seed, **settings}
         about = ", ".join([choice.name, *(f"{key} {value}" for key, value in about.items())])
-        write_page(args.html, {"prompt": asked.prompt, "answer": answer, "about": about,
+        write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,
                                "think": settings.get("think", 0), "runs": runs})
         print(f"{args.html}: open it in a browser", file=sys.stderr)
 

@@ -92,6 +92,7 @@ def read_texts(path: Path) -> list[Text]:
 
 TULU = "allenai/tulu-3-sft-mixture"    # ODC-BY
 TULU_ROWS = 50_000                     # as many as the paper took
+TULU_SEED = 0                          # of their choice
 WINDOW = 100                           # rows of one call, the most that the server gives
 PAUSE = 0.7                            # seconds between calls: 500 in 5 minutes are allowed
 
@@ -103,18 +104,12 @@ def tulu_file() -> Path:
         with locked(path.with_name("lock"), wait=True,
                     message=f"waiting: another process fetches {path}"):
             if not path.exists():
-                fetch_tulu(path, TULU_ROWS)
+                fetch_tulu(path)
     return path
 
 
-class Window(NamedTuple):
-    """Consecutive rows, as one call gives them."""
-    revision: str | None
-    n_total: int                           # rows of the whole data set
-    rows: list
-
-
-def fetch_window(offset: int, length: int) -> Window:
+def fetch_window(offset: int, length: int) -> tuple[str | None, int, list]:
+    """The data set's revision, how many rows it has, and those from offset on."""
     server = os.environ.get("HF_DATASETS_SERVER", "https://datasets-server.huggingface.co")
     dataset = TULU.replace("/", "%2F")
     url = (f"{server}/rows?dataset={dataset}&config=default&split=train"
@@ -122,7 +117,7 @@ def fetch_window(offset: int, length: int) -> Window:
     answer, headers = fetch_json(url)
     with blame(url, "its answer has another form than expected; give a file by --data"):
         rows = [row["row"] for row in answer["rows"]]
-        return Window(headers.get("X-Revision"), int(answer["num_rows_total"]), rows)
+        return headers.get("X-Revision"), int(answer["num_rows_total"]), rows
 
 
 def conversation_lines(rows: list) -> list[bytes]:
@@ -136,38 +131,39 @@ def conversation_lines(rows: list) -> list[bytes]:
     return lines
 
 
-def fetch_tulu(path: Path, n_wanted: int, seed: int = 0) -> None:
+def fetch_tulu(path: Path) -> None:
     """Windows of rows at random offsets, since the rows may be sorted by source. Every window is a
     file until all of them are joined, so that an interrupted fetch goes on."""
     revision, n_total, _ = fetch_window(0, 1)
-    order = np.random.default_rng(seed).permutation(n_total // WINDOW)
+    order = np.random.default_rng(TULU_SEED).permutation(n_total // WINDOW)
     windows = path.with_name("windows")
-    lines, offsets = [], []
-    bar = tqdm(total=n_wanted, desc=TULU, unit=" conversations", disable=None)
+    lines = []
+    offsets = []
+    bar = tqdm(total=TULU_ROWS, desc=TULU, unit=" conversations", disable=None)
     for offset in (order * WINDOW).tolist():
         part = windows / str(revision) / f"{offset}.jsonl"     # rows of two revisions never mix
         if not part.exists():
             time.sleep(PAUSE)
-            window = fetch_window(offset, WINDOW)
-            ensure(window.revision == revision, f"{TULU} was changed while it was fetched; run "
+            revision_now, _, rows = fetch_window(offset, WINDOW)
+            ensure(revision_now == revision, f"{TULU} was changed while it was fetched; run "
                    "again, it begins anew")
             with write_atomically(part) as file:
-                file.writelines(conversation_lines(window.rows))
-        found = part.read_bytes().splitlines(keepends=True)
-        lines += found
+                file.writelines(conversation_lines(rows))
+        new_lines = part.read_bytes().splitlines(keepends=True)
+        lines += new_lines
         offsets.append(offset)
-        bar.update(len(found))
-        if len(lines) >= n_wanted:
+        bar.update(len(new_lines))
+        if len(lines) >= TULU_ROWS:
             break
     bar.close()
-    ensure(len(lines) >= n_wanted, f"{TULU} has {len(lines):,} conversations where {n_wanted:,} "
+    ensure(len(lines) >= TULU_ROWS, f"{TULU} has {len(lines):,} conversations where {TULU_ROWS:,} "
            "are wanted; give a file of your own by --data")
-    about = {"dataset": TULU, "revision": revision, "seed": seed, "window": WINDOW,
+    about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW,
              "offsets": offsets}
     with write_atomically(path.with_name("about.json")) as file:
         file.write(json.dumps(about).encode())
     with write_atomically(path) as file:
-        file.writelines(lines[:n_wanted])
+        file.writelines(lines[:TULU_ROWS])
     shutil.rmtree(windows)
 
 
@@ -198,18 +194,14 @@ def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: i
     return fitting
 
 
-@dataclass(eq=False)                   # so that lru_cache can tell two of them apart
+@dataclass(eq=False)                   # hashed by identity, which lru_cache needs
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
     examples: list[TokenIds]
     batch: int                         # rows of a step, over all processes and micro-batches
-    seed: int
     pad_id: int
-    answer_length: int                 # the shortest length that answers are padded to
-    K: int
-    alpha: float
-    confident: float
-    think: int
+    answer_length: int                 # answers are padded to at least this length
+    args: argparse.Namespace           # seed, K, alpha, confident, think
 
     def __post_init__(self) -> None:
         self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.answer_length)
@@ -220,9 +212,9 @@ class Batches:
     def epoch(self, number: int) -> np.ndarray:
         """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
         they are sorted by length, which keeps padding small; the batches are shuffled again."""
-        rng = np.random.default_rng((self.seed, number))
+        rng = np.random.default_rng((self.args.seed, number))
         order = rng.permutation(len(self.examples))
-        order = np.resize(order, self.per_epoch * self.batch)  # few examples are repeated
+        order = np.resize(order, self.per_epoch * self.batch)  # drops less than a batch, or repeats
         size = 64 * self.batch
         windows = np.split(order, range(size, len(order), size))
         by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
@@ -234,17 +226,18 @@ class Batches:
         ids = np.full(T, self.pad_id)
         ids[:n_prompt] = example.prompt
         ids[n_prompt:n_prompt + n_answer] = example.answer
-        rng = np.random.default_rng((self.seed, step, b))
+        args = self.args
+        rng = np.random.default_rng((args.seed, step, b))
         t = (b + rng.random()) / self.batch            # stratified: the batch covers [0, 1)
         noise = rng.random(T, np.float32)
-        shares = rng.dirichlet([self.alpha] * self.K)
+        shares = rng.dirichlet([args.alpha] * args.K)
         return {
             "ids": ids,                                # (T,)
             "maskable": np.arange(T) >= n_prompt,      # the padding, end-of-text, is to be learned
             "t": np.float32(t),
             "noise": noise,
             "counts": rng.multinomial(T - n_prompt, shares),   # (K,)
-            "by_confidence": rng.random() < self.confident,
+            "by_confidence": rng.random() < args.confident,
         }
 
     def __call__(self, step: int, part: slice, device: torch.device) -> dict:
@@ -256,9 +249,9 @@ class Batches:
         rows = [self.row(step, b, self.examples[chosen[b]], T) for b in numbers]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
                  for name in rows[0]}
-        rng = np.random.default_rng((self.seed, step, self.batch))     # no row has this number
+        rng = np.random.default_rng((self.args.seed, step, self.batch))    # no row has this number
         thinks = rng.random() < THINK_SHARE
-        batch["think"] = int(rng.integers(self.think + 1)) if thinks else 0
+        batch["think"] = int(rng.integers(self.args.think + 1)) if thinks else 0
         return batch
 
 
@@ -277,12 +270,6 @@ class Run(NamedTuple):
     answer_length: int                 # see Batches
     processes: Processes
     device: torch.device
-
-    def batches(self, size: int, pad_id: int) -> Batches:
-        args = self.args
-        return Batches(self.examples, size, seed=args.seed, pad_id=pad_id, K=args.K,
-                       alpha=args.alpha, confident=args.confident, think=args.think,
-                       answer_length=self.answer_length)
 
 
 def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
@@ -396,8 +383,9 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
                 if key not in MAY_CHANGE}
     made_with = {"settings": settings, "backbone": backbone}
     optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
-    to_resume = run.args.resume and path.exists()
-    start = resume(path, model, optimizer, made_with, iters) if to_resume else 0
+    start = 0
+    if run.args.resume and path.exists():
+        start = resume(path, model, optimizer, made_with, iters)
     log = path.with_suffix(".log.jsonl")
     if is_first_process:
         check_output(path)
@@ -433,7 +421,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
             due = done % run.args.save_every == 0 or done == iters or stopped
             if due and is_first_process:
                 more = {} if done == iters else {"optimizer": optimizer.state_dict()}
-                save_checkpoint(path, model, model.config, step=done, **made_with, **more)
+                save_checkpoint(path, model, step=done, **made_with, **more)
                 if bar.disable:
                     print(f"{path.stem} {done}/{iters} {shown}", flush=True)
             if stopped:
@@ -515,10 +503,12 @@ def check_options(args: argparse.Namespace, out: Path) -> None:
         sizes["--backbone-batch"] = args.backbone_batch
         ensure(not weights, "--init tiny trains a backbone of its own; omit --weights, or "
                "give the folder by --init")
-    elif weights or args.init not in PRESETS:
-        kind = read_config(weights or Path(args.init)).kind
-        ensure(args.init not in PRESETS or kind == PRESETS[args.init].config.kind, f"{weights} "
-               f"holds a {kind} model; give a folder of --init {args.init}, or another --init")
+    elif args.init not in PRESETS:
+        read_config(weights or Path(args.init))        # refuses what is no checkpoint folder
+    elif weights:
+        kind = read_config(weights).kind
+        ensure(kind == PRESETS[args.init].config.kind, f"{weights} holds a {kind} model; give a "
+               f"folder of --init {args.init}, or another --init")
     n_shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
     for option, size in sizes.items():
         ensure(size % n_shares == 0, f"{option} {size} is no multiple of {n_shares}, processes "
@@ -527,6 +517,8 @@ def check_options(args: argparse.Namespace, out: Path) -> None:
     ensure(args.resume or not has_run, f"{out} holds a run; go on with it by --resume, or give "
            "another --out")
     ensure(has_run or not args.resume, f"{out} holds nothing to go on with; omit --resume")
+    ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
+           "take; give 0 for no tables, or two or more")
 
 
 def find_texts(args: argparse.Namespace) -> list[Text]:
@@ -540,25 +532,24 @@ def find_texts(args: argparse.Namespace) -> list[Text]:
 
 def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
     """Train a tiny backbone in place, as LLaDA is, and save it as a checkpoint folder."""
-    batches = run.batches(run.args.backbone_batch, backbone.config.pad_id)
-    fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt",
-        iters=run.args.backbone_iters, lr=run.args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
+    args = run.args
+    batches = Batches(run.examples, args.backbone_batch, backbone.config.pad_id, run.answer_length,
+                      args)
+    fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt", iters=args.backbone_iters,
+        lr=args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
     if run.processes.rank == 0:
         save_backbone(backbone, run.out / "backbone", words)
 
 
-def train_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path, carry: str) -> None:
-    """Train a memory in place on a frozen backbone."""
-    batches = run.batches(run.args.batch, backbone.config.pad_id)
-    fit(run, memory, memory_loss(backbone, run.args.lam, carry), batches, path,
-        iters=run.args.iters, lr=run.args.lr,
-        backbone={"name": run.args.init, "digest": backbone.digest()})
-    memory.eval()
-
-
-def new_memory(run: Run, backbone: Backbone) -> MetaState:
-    torch.manual_seed(run.args.seed)
-    return MetaState(preset(backbone)).to(run.device)
+def train_memory(run: Run, backbone: Backbone, path: Path, carry: str) -> MetaState:
+    """A new memory, trained on a frozen backbone."""
+    args = run.args
+    torch.manual_seed(args.seed)
+    memory = MetaState(preset(backbone)).to(run.device)
+    batches = Batches(run.examples, args.batch, backbone.config.pad_id, run.answer_length, args)
+    fit(run, memory, memory_loss(backbone, args.lam, carry), batches, path, iters=args.iters,
+        lr=args.lr, backbone={"name": args.init, "digest": backbone.digest()})
+    return memory
 
 
 TABLES = ("tables.md", "tables.json")
@@ -570,6 +561,7 @@ def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState,
     thinking_text, thinking = thinking_table(bench, everyone)
     schedule_text, schedules = schedule_table(bench, valid, everyone)
     text = thinking_text + "\n" + schedule_text
+    print(text)
     results = json.dumps({"thinking": thinking, "schedules": schedules})
     for name, content in zip(TABLES, (text, results)):
         with write_atomically(out / name) as file:
@@ -589,15 +581,13 @@ def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, proces
     torch.manual_seed(args.seed)
     backbone = Backbone(TINY).to(device)
     train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False).eval()
+    backbone.requires_grad_(False)
     if args.compile:
         backbone.compile_layers()
 
     # 2. its memory, and as a control the same modules without persistence
-    memory = new_memory(run, backbone)
-    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
-    memoryless = new_memory(run, backbone)
-    train_memory(run, backbone, memoryless, out / "memoryless.pt", "reset")
+    memory = train_memory(run, backbone, out / "memory.pt", args.carry)
+    memoryless = train_memory(run, backbone, out / "memoryless.pt", "reset")
 
     # 3. the tables
     if processes.rank == 0 and args.problems:
@@ -618,8 +608,7 @@ def train_large(args: argparse.Namespace, out: Path, device: torch.device, proce
         backbone.compile_layers()
     examples = tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
     run = Run(args, out, examples, 0, processes, device)
-    memory = new_memory(run, backbone)
-    train_memory(run, backbone, memory, out / "memory.pt", args.carry)
+    train_memory(run, backbone, out / "memory.pt", args.carry)
     print_next(run, "--show-steps", "--limit 100")
 
 

@@ -5,7 +5,7 @@ of train.py, and appends accuracy on the validation problems to RUN/ablations.js
 after N passes without a word, and final results by quota. --table prints mean and range of runs.
 
     python experiments/ablate.py out/tiny "K = 4" "1 slot"
-    python experiments/ablate.py out/tiny --table out/seed1 out/seed2
+    python experiments/ablate.py out/tiny --table out/s1 out/s2
 """
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ import train  # noqa: E402
 from eval_gsm8k import PROTOCOLS, Bench, Contestant, dial_problems  # noqa: E402
 from metastate import MetaState, load_checkpoint, preset  # noqa: E402
 from model import load_backbone, tiny_tokenizer  # noqa: E402
+from plot import spread  # noqa: E402
 from sample import Processes, run_program  # noqa: E402
 
 PASSES = (1, 3, 5, 10, 20)
@@ -60,9 +61,9 @@ class GradientOfOneStep(MetaState):
 
 
 class Looping(MetaState):
-    """The compute-matched rival: nothing is carried over, but every step makes several passes over
-    the same tokens, from the initial slots each time, as looping inside a step can. With the
-    weights of the run's memory; a step costs `loops` passes."""
+    """Looping instead of persistence: nothing is carried over, but every step makes several passes
+    over the same tokens, from the initial slots each time. With the weights of the run's memory; a
+    step costs `loops` passes, and within a step that is what the memory does."""
     loops = 5
 
     def step(self, backbone, ids, slots, **given):
@@ -107,7 +108,7 @@ class Variant:
 
 
 VARIANTS = {
-    "default": Variant(),
+    "default": Variant(trained=False),
     "no thinking passes in training": Variant({"think": 0}),
     **{f"K = {K}": Variant({"K": K}) for K in (1, 2, 3, 4, 8)},
     "no gradient between steps": Variant(kind=NoGradientBetweenSteps),
@@ -115,9 +116,9 @@ VARIANTS = {
     "memoryless": Variant(carry="reset"),
     "memoryless, 2 x the steps": Variant({"iters": 2}, carry="reset"),
     "memoryless, 4 x the steps": Variant({"iters": 4}, carry="reset"),
-    "Injector only, all parameters": Variant(fields={"d_slot": 148}, change=injector_only,
+    "Injector only, as many parameters": Variant(fields={"d_slot": 148}, change=injector_only,
                                              carry="reset"),
-    "reset, 5 passes in every step": Variant(kind=Looping, trained=False),
+    "looping, 5 passes in every step": Variant(kind=Looping, trained=False),
     "no Updater (overwrite)": Variant(change=overwrite),
     "update gates biased to keep": Variant(change=gates_closed),
     "written after the layer": Variant(fields={"write_layer": 1}),
@@ -160,19 +161,24 @@ def ablate(folder: Path, name: str) -> None:
     memory = variant.kind(replace(preset(backbone), **variant.fields))
     if variant.change:
         variant.change(memory)
+    before = [p.detach().clone() for p in memory.parameters()]
     if variant.trained:
-        path = folder / "ablations" / f"{name}.pt"
-        train.train_memory(run, backbone, memory, path, variant.carry)
+        batches = train.Batches(examples, args.batch, backbone.config.pad_id, gen_length, args)
+        loss = train.memory_loss(backbone, args.lam, variant.carry)
+        train.fit(run, memory, loss, batches, folder / "ablations" / f"{name}.pt",
+                  iters=args.iters, lr=args.lr,
+                  backbone={"name": args.init, "digest": backbone.digest()})
     else:
         memory.load_state_dict(load_checkpoint(folder / "memory.pt")["model"])
+    # what no gradient reaches stays as it was
+    trained = [p for p, b in zip(memory.parameters(), before) if not torch.equal(p, b)]
 
     bench = Bench(backbone, tokenizer, dial_problems("valid", 1000), gen_length)
     who = Contestant(memory, variant.carry)
-    thinking = bench.score(who, look_at=PASSES, think=max(PASSES) - 1, steps=1)
-    row = {"name": name, "parameters": sum(p.numel() for p in memory.parameters()
-                                           if p.requires_grad)}
+    row = {"name": name, "parameters": sum(p.numel() for p in trained)}
     for n in PASSES:
-        row[f"N = {n}"] = float(np.mean([r["whole"] for r in thinking if r["passes"] == n]))
+        found = bench.score(who, think=n - 1, steps=1)
+        row[f"N = {n}"] = float(np.mean([r["whole"] for r in found]))
     for steps in QUOTAS:
         found = bench.score(who, steps=steps)
         row[f"{steps} steps"] = float(np.mean([r["correct"] for r in found]))
@@ -183,19 +189,18 @@ def ablate(folder: Path, name: str) -> None:
 
 def print_runs(runs: list[Path]) -> None:
     """One row a variant: mean over the runs, and the lowest and highest where there are more."""
-    lines = [line for run in runs for line in (run / "ablations.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in lines]
+    rows = {}                          # the last one of a variant in each run
+    for run in runs:
+        for line in (run / "ablations.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            rows.setdefault(row["name"], {})[run] = row
     columns = [*(f"N = {n}" for n in PASSES), *(f"{steps} steps" for steps in QUOTAS)]
-    print(f"| variant | {' | '.join(columns)} | runs |")
-    print("|---" * (len(columns) + 2) + "|")
-    for name in dict.fromkeys(row["name"] for row in rows):
-        found = [row for row in rows if row["name"] == name]
-        cells = []
-        for column in columns:
-            values = [100 * row[column] for row in found if column in row]
-            spread = f" ({min(values):.0f}-{max(values):.0f})" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}" if values else "")
-        print(f"| {name} | {' | '.join(cells)} | {len(found)} |")
+    print(f"| variant | trained parameters | {' | '.join(columns)} | runs |")
+    print("|---" * (len(columns) + 3) + "|")
+    for name, by_run in rows.items():
+        found = list(by_run.values())
+        cells = [spread([100 * row[column] for row in found]) for column in columns]
+        print(f"| {name} | {found[0]['parameters']:,} | {' | '.join(cells)} | {len(found)} |")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ MORE = [" buys", " finds", " gets"]
 LESS = [" loses", " sells", " eats"]
 WORDS = [*NAMES, *THINGS, *MORE, *LESS, " has", " more", ". How many", " are left?", "\n####",
          "\nAnswer:", ".", ",", " +", " -", " =", *(f" {i}" for i in range(20, -1, -1))]
-LENGTH = 28                            # tokens of the longest answer and its end
+LENGTH = 28                            # the longest answer, its end and one more: it divides well
 
 
 def problem(rng: np.random.Generator) -> dict[str, str]:
@@ -75,11 +75,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     backbone = Backbone(replace(TINY, n_layer=2))
     train.train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False).eval()
-    memory = train.new_memory(run, backbone)
-    train.train_memory(run, backbone, memory, run.out / "memory.pt", "keep")
-    memoryless = train.new_memory(run, backbone)
-    train.train_memory(run, backbone, memoryless, run.out / "memoryless.pt", "reset")
+    backbone.requires_grad_(False)
+    memory = train.train_memory(run, backbone, run.out / "memory.pt", "keep")
+    memoryless = train.train_memory(run, backbone, run.out / "memoryless.pt", "reset")
 
     # schedules that suit 28 tokens instead of 20
     eval_gsm8k.QUOTA_STEPS = (28, 14, 9, 7, 5)

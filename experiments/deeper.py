@@ -39,15 +39,14 @@ def main() -> None:
     torch.manual_seed(args.seed)
     backbone = Backbone(DEEPER)
     train.train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False).eval()
+    backbone.requires_grad_(False)
     print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters")
 
     bench = Bench(backbone, tokenizer, dial_problems("valid", 1000), length)
     frozen = Contestant(None, "keep")
-    rows = bench.score(frozen, look_at=(1, 5, 10), think=9, steps=1)
     for n in (1, 5, 10):
-        whole = np.mean([row["whole"] for row in rows if row["passes"] == n])
-        print(f"whole answers after {n} passes: {whole:.1%}")
+        rows = bench.score(frozen, think=n - 1, steps=1)
+        print(f"whole answers, N = {n}: {np.mean([row['whole'] for row in rows]):.1%}")
     schedules = {f"quota, {n} steps": dict(steps=n) for n in QUOTA_STEPS}
     schedules |= {f"blocks of {n}": dict(block_length=n, steps=length // n) for n in BLOCK_LENGTHS}
     schedules |= {f"threshold {x}": dict(threshold=x, steps=1) for x in THRESHOLDS}

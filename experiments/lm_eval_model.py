@@ -1,12 +1,13 @@
 """MATH-500, HumanEval, MBPP and more through lm-evaluation-harness, which this script alone needs:
 
     pip install "lm-eval[math]==0.4.13"
-    python experiments/lm_eval_model.py --init llada --memory out/llada/memory.pt \
+    HF_ALLOW_CODE_EVAL=1 python experiments/lm_eval_model.py --init llada \
+        --memory out/llada/memory.pt \
         --tasks gsm8k,minerva_math500,humaneval,mbpp --confirm-run-unsafe-code
 
 The harness brings problems, prompts and scores; every prompt goes to diffusion.generate with the
 settings that eval_gsm8k.py has for the model. humaneval and mbpp execute what the model wrote: the
-harness asks for its consent flag, which is handed on, and for HF_ALLOW_CODE_EVAL=1 around it.
+harness asks for its consent flag, which is handed on, and for HF_ALLOW_CODE_EVAL=1.
 """
 import argparse
 import json
@@ -71,8 +72,10 @@ class MetaStateLM(LM):
             seeds = range(self.seed + first, self.seed + first + len(batch))
             out = generate(backbone, ids, attention_mask=attention_mask, memory=memory,
                            seeds=seeds, **self.settings)
+            # the protocol's control tokens; words such as Q: stop GSM8K's answers only
+            controls = [stop for stop in self.protocol.stops if stop.startswith("<")]
             for request, row in zip(batch, out[:, ids.shape[1]:].tolist()):
-                stops = (*request.args[1].get("until", []), *self.protocol.stops)
+                stops = (*request.args[1].get("until", []), *controls)
                 texts.append(answer_text(tokenizer, row, stops))
         return texts
 

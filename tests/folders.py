@@ -26,7 +26,7 @@ def save_run(folder: Path) -> Path:
     backbone = Backbone(TINY)
     memory = memory_for(backbone)
     save_backbone(backbone, folder / "backbone", WORDS)
-    save_checkpoint(folder / "memory.pt", memory, memory.config, step=1, settings={},
+    save_checkpoint(folder / "memory.pt", memory, step=1, settings={},
                     backbone={"name": "tiny", "digest": backbone.digest()})
     return folder / "memory.pt"
 

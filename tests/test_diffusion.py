@@ -126,6 +126,12 @@ def test_threshold_takes_what_is_surer_and_at_least_one(backbone):
     assert sum(int(r.sum()) for r, _ in seen) == 20
 
 
+@pytest.mark.parametrize("settings", [dict(gen_length=-2, steps=1), dict(think=-17, steps=16)])
+def test_settings_below_zero_are_refused(settings):
+    with pytest.raises(InputError, match="below 0"):
+        Sampling(**settings)
+
+
 def test_infilling_completes_a_text_in_place(backbone):
     ids = torch.randint(300, (1, 9))
     ids[0, [2, 3, 7]] = MASK

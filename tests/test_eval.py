@@ -8,7 +8,7 @@ import torch
 import eval_gsm8k as E
 from conftest import SHARED, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
-from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
+from eval_gsm8k import WORDS, contestants, dial_problems
 from folders import memory_for
 from metastate import MetaState, preset
 from model import TINY, Backbone, save_backbone, tiny_tokenizer
@@ -157,6 +157,28 @@ def test_real_problems_pass_through(folder, monkeypatch, capsys):
     assert "of 5 correct" in capsys.readouterr().out
 
 
+def test_no_problem_is_its_own_solved_example(folder, monkeypatch):
+    (folder / "train.jsonl").write_text((folder / "data.jsonl").read_text())
+    options = ["--protocol", "gsm8k", "--out", "x.jsonl"]
+    run(monkeypatch, *options, "--limit", "2")
+    with pytest.raises(SystemExit, match="solved examples from train.jsonl"):
+        run(monkeypatch, *options, "--data", "train.jsonl")
+    (folder / "train.jsonl").write_text((folder / "data.jsonl").read_text().split("\n")[0])
+    with pytest.raises(SystemExit, match="has 1 of the 5"):
+        run(monkeypatch, *options)
+
+
+def test_a_shuffled_evaluation_goes_on_in_the_batches_that_it_began_with(folder, monkeypatch):
+    """Whose memory a row gets depends on its batch."""
+    options = ["--carry", "shuffle", "--batch-size", "4", "--think", "2", "--out"]
+    run(monkeypatch, *options, "whole.jsonl")
+    lines = (folder / "whole.jsonl").read_text().splitlines()
+    (folder / "cut.jsonl").write_text("\n".join(lines[:4]) + "\n")
+    run(monkeypatch, *options, "cut.jsonl")
+    rows = [E.read_results(folder / name)[1] for name in ("whole.jsonl", "cut.jsonl")]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("line, word", [("{", "JSON"), ('{"question": "x"}', "question or answer")])
 def test_bad_problems_are_named(folder, monkeypatch, line, word):
     with open(folder / "data.jsonl", "a") as file:
@@ -171,8 +193,8 @@ def test_bad_problems_are_named(folder, monkeypatch, line, word):
 def test_the_example_of_sample_is_a_problem_and_its_answer_right():
     questions = {p["question"]: p["answer"] for split in ("test", "valid", "train")
                  for p in dial_problems(split)}
-    example = EXAMPLES["tiny"]
-    assert questions[example.prompt].endswith(f"#### {example.answer}")
+    prompt, answer = EXAMPLES["tiny"]
+    assert questions[prompt].endswith(f"#### {answer}")
 
 
 @pytest.fixture
@@ -192,32 +214,23 @@ def test_every_row_of_the_tables_runs_what_its_name_says(bench, monkeypatch):
     calls = spy_on("evaluate", monkeypatch)
     everyone = contestants(memory, memoryless)
     _, thinking = E.thinking_table(bench, everyone)
-    assert [(call["memory"], call["carry"]) for call in calls] == [
-        (None, "keep"), (memory, "reset"), (memory, "shuffle"), (memoryless, "reset"),
-        (memory, "keep")]
+    rows = [(None, "keep"), (memory, "reset"), (memory, "shuffle"), (memoryless, "reset"),
+            (memory, "keep")]
+    assert [(call["memory"], call["carry"]) for call in calls] == [r for r in rows for _ in (1, 2)]
     assert list(thinking) == ["frozen", "memory reset", "memory shuffled", "memoryless-trained",
                               "MetaState"]
-    thinking_settings = {"gen_length": 20, "think": 1, "steps": 1}
-    assert all(call["settings"] == thinking_settings for call in calls)
+    for n, call in zip([1, 2] * 5, calls):             # the n-th pass writes
+        assert call["settings"] == {"gen_length": 20, "think": n - 1, "steps": 1}
     calls.clear()
     E.schedule_table(bench, bench, everyone)
     tried = [(call["memory"], call["carry"]) for call in calls]
     assert set(tried) == {(None, "keep"), (memory, "keep")}
 
 
-@pytest.mark.parametrize("carry", ["keep", "reset"])
-def test_a_look_after_n_passes_is_what_is_written_after_n_passes(carry, bench):
-    who = Contestant(memory_for(bench.backbone), carry)
-    looks = bench.score(who, look_at=(1, 3), think=3, steps=1)
-    for n in (1, 3):
-        written = bench.score(who, think=n - 1, steps=1)
-        assert [row for row in looks if row["passes"] == n] == written
-
-
-def test_the_tables_fit_80_columns(capsys):
+def test_the_tables_fit_80_columns():
     rows = {"memoryless-trained": ["100.0"] * len(E.THINKING_PASSES)}
-    E.print_table("x", list(map(str, E.THINKING_PASSES)), rows)
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    text = E.table("x", list(map(str, E.THINKING_PASSES)), rows)
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_passes_are_counted_by_row(bench):

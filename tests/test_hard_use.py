@@ -110,7 +110,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("sample.py --memory nobody.pt", "nobody.pt"),
     ("sample.py --html .", "plain file"),
     ("sample.py --html x/y.html", "x/y.html"),
-    ("eval_gsm8k.py --init llada --carry shuffle --batch-size 1", "two"),
+    ("eval_gsm8k.py --init llada --carry shuffle --batch-size 2", "three"),
     ("eval_gsm8k.py --init llada --data nothing.jsonl", "nothing.jsonl"),
     ("eval_gsm8k.py --data empty.jsonl", "empty"),
     ("eval_gsm8k.py --data array.jsonl", "array"),

@@ -325,7 +325,7 @@ def test_recomputing_keeps_neither_activations_nor_rounded_weights(backbone, mem
 
 def save(path, backbone, memory, **changes):
     """A memory.pt as train.py writes it, with changes in its config."""
-    save_checkpoint(path, memory, memory.config, settings={}, step=1,
+    save_checkpoint(path, memory, settings={}, step=1,
                     backbone={"name": "llada", "digest": backbone.digest()})
     if changes:
         state = torch.load(path, weights_only=True)
@@ -370,7 +370,7 @@ def test_a_memory_is_refused_by_another_backbone(backbone, memory, tmp_path):
     assert torch.equal(loaded.slots, memory.slots)
     assert torch.equal(load_memory(path, backbone.to(torch.bfloat16)).slots, memory.slots)
     for found in (None, {}, {"name": "llada"}, 3):     # of an older version, or made up
-        save_checkpoint(path, memory, memory.config, settings={}, backbone=found)
+        save_checkpoint(path, memory, settings={}, backbone=found)
         with pytest.raises(InputError, match="memory.pt"):
             load_memory(path, backbone)
 

@@ -166,6 +166,8 @@ HOSTILE = {
     "unknown dtype": pack({"a": entry(dtype="F12")}),
     "dtype a list": pack({"a": entry(dtype=["F32"])}),
     "shape not numbers": pack({"a": entry(shape=("2", 2))}),
+    "shape of long text": pack({"a": entry(shape=("a", 2**34))}),
+    "shape of huge numbers": pack({"a": entry(shape=[10**4000] * 200)}),
     "shape negative": pack({"a": entry(shape=(-2, -2))}),
     "shape overflows": pack({"a": entry(shape=(2**40, 2**40))}),
     "shape does not fill the bytes": pack({"a": entry(shape=(2, 3))}),
@@ -561,6 +563,13 @@ def test_without_a_connection_one_sentence_comes_at_once(pauses, tmp_path, monke
     with pytest.raises(InputError, match="HF_ENDPOINT"):
         find_weights("llada")
     assert pauses == []
+
+
+def test_files_without_a_hash_are_not_taken(hub):
+    path = "/api/models/GSAI-ML/LLaDA-8B-Instruct"
+    hub.files[path] = hub.files[path].replace(b"blobId", b"other")
+    with pytest.raises(InputError, match="blobId"):
+        find_weights("llada")
 
 
 @pytest.mark.parametrize("listing", [b"[]", b"{}", b'{"sha": "abc", "siblings": [{}]}', b"null",

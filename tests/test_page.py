@@ -116,8 +116,17 @@ def test_a_token_written_keeps_its_text(write, run):
 def test_what_was_given_is_neither_masked_nor_revealed(write, run):
     _, content = write("--init", run, "--infill", " red gives_.", "--steps", "1")
     first = content["runs"][0]["passes"][0]
-    assert len(first["texts"]) == 4 and first["texts"][0] == " red" and first["texts"][3] == "."
-    assert first["revealed"] == [False, False, True, False] and not any(first["masked"])
+    assert first["texts"][0] == " red" and first["texts"][3] == "."
+    assert first["texts"][4:] == [""] * 16             # end-of-text, as in training
+    assert first["revealed"] == [i == 2 for i in range(20)] and not any(first["masked"])
+
+
+def test_what_the_entropy_is_sure_of_is_drawn_strongly(write, run):
+    """Certainty is an entropy of 0, and so is what is not looked at."""
+    _, content = write("--init", run, "--steps", "2", "--remasking", "entropy", "--top-k", "1")
+    first, last = content["runs"][0]["passes"]
+    assert first["strength"] == [1.0] * 20
+    assert sorted(set(last["strength"])) == [0.0, 1.0]
 
 
 def test_in_a_later_block_there_is_no_guess_yet(write, run):
