@@ -67,8 +67,8 @@ def best_positions(score: Tensor, eligible: Tensor, n: Tensor) -> Tensor:
     return eligible & (rank < n[:, None])
 
 
-# What becomes of the slots (B, M, d) between two steps. keep is the method; the controls: reset, the
-# memory begins anew; shuffle, every sample goes on with the memory of another.
+# What becomes of the slots (B, M, d) between two steps. keep is the method. The controls: reset,
+# the memory begins anew; shuffle, every sample goes on with the memory of another.
 CARRY = {
     "keep": lambda memory, slots: slots,
     "reset": lambda memory, slots: memory.initial(len(slots)),
@@ -193,10 +193,10 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
              on_step: Callable[[Tensor, Pass], None] | None = None, **settings) -> Tensor:
     """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
 
-    settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see CARRY. answer_start:
-    where the answer begins, if some of it stands in prompt_ids already. seeds (B,): of every row's
-    own random stream, by default 0 .. B - 1. No row depends on the others, on padding or on the
-    batch. on_step(canvas, pass) sees every pass.
+    settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see CARRY.
+    answer_start: where the answer begins, if some of it stands in prompt_ids already. seeds (B,):
+    of every row's own random stream, by default 0 .. B - 1. No row depends on the others, on
+    padding or on the batch. on_step(canvas, pass) sees every pass.
     """
     s = Sampling(**settings)
     c = backbone.config

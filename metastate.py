@@ -276,8 +276,8 @@ def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -
         check_config(config)
         same_backbone = state["backbone"]["digest"] == backbone.digest()
         name = state["backbone"]["name"]
-        ensure(same_backbone or any_backbone, f"{path} was trained on another backbone, {name}; give that "
-               "by --init, or --any-backbone if you know better")
+        ensure(same_backbone or any_backbone, f"{path} was trained on another backbone, {name}; "
+               "give that by --init, or --any-backbone if you know better")
         ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
                f"{config.d_model}, not {backbone.config.d_model}; give the right --init")
         layers_fit = config.write_layer <= config.read_layer <= len(backbone.layers)

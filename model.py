@@ -485,9 +485,9 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
         on_gpu = torch.device(device).type == "cuda"
         dtype = torch.bfloat16 if on_gpu else next(iter(tensors.values())).dtype
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    for name, p in backbone.named_parameters():
-        # pop: a file leaves our memory as soon as its last tensor has been copied
-        p.copy_(tensors.pop(original_name(config.kind, name)))
+    places = {original_name(config.kind, name): p for name, p in backbone.named_parameters()}
+    for name in list(tensors):         # file by file: one leaves our memory before the next comes
+        places[name].copy_(tensors.pop(name))
     return backbone
 
 

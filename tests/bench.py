@@ -332,7 +332,7 @@ def measure_loading(c: Config, folder: Path, machine: Machine) -> Backbone:
     row(f"loading {on_disk / 1e9:.2f} GB; bound: reading the files", on_disk / speed, took, "s")
     held = sum(p.nbytes for p in backbone.parameters()) + machine.held
     if machine.device.type == "cpu":
-        held += 2 * c.vocab_size * c.d_model           # its largest tensor, mapped, beside its copy
+        held += max(path.stat().st_size for path in paths)     # mapped until all of it is copied
     row("the same, peak memory", held, peak_bytes(machine.device), "B")
     return backbone
 

@@ -391,7 +391,8 @@ def test_the_whole_of_a_tiny_run_is_there_and_its_tables(tmp_path, data, monkeyp
 def batches(examples, batch, **more):
     settings = dict(seed=0, K=4, alpha=1.0, confident=0.3, think=3) | more
     answer_length = settings.pop("answer_length", 0)
-    return train.Batches(examples, batch, TINY.pad_id, answer_length, argparse.Namespace(**settings))
+    args = argparse.Namespace(**settings)
+    return train.Batches(examples, batch, TINY.pad_id, answer_length, args)
 
 
 def examples(n=50, seed=0):
