@@ -8,12 +8,12 @@ import torch
 import eval_gsm8k as E
 from conftest import SHARED, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
-from eval_gsm8k import WORDS, contestants, dial_problems
+from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
 from folders import memory_for
 from metastate import MetaState, preset
 from model import TINY, Backbone, save_backbone, tiny_tokenizer
 from processes import run_two
-from sample import EXAMPLES, run_program
+from sample import ASSETS, EXAMPLES, run_program
 
 
 @needs_shared
@@ -170,13 +170,17 @@ def test_no_problem_is_its_own_solved_example(folder, monkeypatch):
 
 def test_a_shuffled_evaluation_goes_on_in_the_batches_that_it_began_with(folder, monkeypatch):
     """Whose memory a row gets depends on its batch."""
-    options = ["--carry", "shuffle", "--batch-size", "4", "--think", "2", "--out"]
-    run(monkeypatch, *options, "whole.jsonl")
-    lines = (folder / "whole.jsonl").read_text().splitlines()
-    (folder / "cut.jsonl").write_text("\n".join(lines[:4]) + "\n")
-    run(monkeypatch, *options, "cut.jsonl")
-    rows = [E.read_results(folder / name)[1] for name in ("whole.jsonl", "cut.jsonl")]
-    assert rows[0] == rows[1]
+    def answers(name):
+        options = ["--init", str(ASSETS / "tiny"), "--carry", "shuffle", "--batch-size", "4",
+                   "--limit", "8", "--think", "2", "--steps", "2", "--out", name]
+        monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *options])
+        run_program(E.main, "")
+        return E.read_results(folder / name)[1]
+
+    whole = answers("whole.jsonl")
+    lines = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cut.jsonl").write_text("".join(lines[:3]))
+    assert answers("cut.jsonl") == whole
 
 
 @pytest.mark.parametrize("line, word", [("{", "JSON"), ('{"question": "x"}', "question or answer")])
@@ -241,6 +245,8 @@ def test_passes_are_counted_by_row(bench):
                                settings=settings, todo=todo))
 
     rows = rows_of([0, 1, 2])
+    thinking = bench.score(Contestant(None, "keep"), think=3, steps=2)
+    assert [row["passes"] for row in thinking] == [5, 5, 5]
     assert rows == rows_of([0]) + rows_of([1]) + rows_of([2])
     assert all(2 < row["passes"] <= 14 for row in rows)
 

@@ -100,6 +100,7 @@ def refused(tmp_path, monkeypatch, capsys):
     ("train.py --init llada", "datasets|rows|reached"),
     ("train.py --init nobody", "nobody"),
     ("train.py --resume", "nothing"),
+    ("train.py --problems 1", "other sample"),
     ("train.py --device abacus", "abacus"),
     ("sample.py --init llada --steps 7 --gen-length 8 --block-length 4", "divide"),
     ("sample.py --init llada --remasking entropy --threshold 0.5", "threshold"),

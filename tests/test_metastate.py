@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 from conftest import GOLDEN, at_most
 from diffusion import generate, unroll
-from metastate import (MemoryConfig, MetaState, load_checkpoint, load_memory, masked_fraction,
-                       preset, save_checkpoint)
+from metastate import (AdaRMSNorm, MemoryConfig, MetaState, load_checkpoint, load_memory,
+                       masked_fraction, preset, save_checkpoint)
 from model import PRESETS, TINY, Backbone, InputError, load_backbone
 
 
@@ -433,3 +433,13 @@ def test_compiled_layers_give_the_same_loss_gradients_and_tokens(backbone, memor
             torch.testing.assert_close(found, expected)
     assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     torch._dynamo.reset()
+
+
+def test_a_small_gain_is_not_lost_in_bf16():
+    norm = AdaRMSNorm(8, 4)
+    torch.nn.init.zeros_(norm.gain.weight)
+    torch.nn.init.constant_(norm.gain.bias, 1e-3)
+    x, time = torch.randn(2, 3, 8), torch.randn(2, 1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ratio = norm(x, time) / F.rms_norm(x, (8,), eps=1e-6)
+    torch.testing.assert_close(ratio, torch.full_like(x, 1.001), atol=1e-5, rtol=0)

@@ -1,4 +1,5 @@
 """The backbone equals the released ones, and reads nothing that is not sound."""
+import errno
 import hashlib
 import io
 import json
@@ -585,6 +586,17 @@ def test_too_little_room_is_seen_before_a_byte_is_fetched(hub, monkeypatch):
     with pytest.raises(InputError, match="0.0 GB free where 0.0 are needed"):
         find_weights("llada")
     assert [path for path, _ in hub.seen] == ["/api/models/GSAI-ML/LLaDA-8B-Instruct"]
+
+
+@pytest.mark.skipif(M.fcntl is None, reason="no locks on this system")
+def test_a_file_system_without_locks_is_not_another_run(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(M.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks"), locked(tmp_path / "lock", wait=False,
+                                                          message="another run"):
+        pass
 
 
 @pytest.mark.skipif(M.fcntl is None, reason="no locks on this system")

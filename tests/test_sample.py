@@ -56,6 +56,14 @@ def test_a_sample_that_is_done_shows_no_passes_while_it_waits_for_others(run, tr
     assert together.startswith(alone)
 
 
+def test_infill_thinks_about_the_whole_answer(run):
+    """The trained memory knows all five digits, which needs its anchors over the whole answer."""
+    text = " blue gives_, red gives_, black gives_, pink gives_.\n####_"
+    right = " blue gives 7, red gives 4, black gives 5, pink gives 0.\n#### 0\n"
+    assert run("--infill", text, "--think", "4", "--steps", "1").endswith(right)
+    assert not run("--infill", text, "--think", "4", "--steps", "1", "--no-memory").endswith(right)
+
+
 def test_infill_keeps_what_is_given(run, trained):
     out = run("--infill", " red gives_, blue gives_.", "--steps", "2")
     assert re.search(r" red gives.*, blue gives.*\.\n", out, re.S)
