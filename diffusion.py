@@ -44,6 +44,7 @@ def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor,
     maskable tokens that is scored even where it is visible, as BERT scores unchanged tokens."""
     p = (1 - eps) * t[:, None] + eps                                   # (B, 1) mask ratio
     masked = maskable & (noise < p)                                    # (B, T)
+    # masked takes the low end of the noise, what is scored though visible the high end
     scored = masked | (maskable & (noise > 1 - visible_share))         # (B, T)
     h, context = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))
     h = backbone.run(h, context, 0, len(backbone.layers))              # (B, T, D)
@@ -132,8 +133,6 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
 
 # ------------------------------------------------------------------------------------ SAMPLING
 
-LLADA_REMASKING = ("low_confidence", "random")         # the others in SELECT are Dream's
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -158,11 +157,14 @@ class Sampling:
         shared_out = self.threshold is not None or self.steps % self.n_blocks == 0
         ensure(min(self.gen_length, self.think) >= 0,
                f"gen_length {self.gen_length} and think {self.think} cannot be below 0")
+        ensure(all(x == 0 or x >= 1e-6 for x in (self.temperature, self.alg_temp)),
+               f"temperature {self.temperature} and alg_temp {self.alg_temp} must be 0 or at least "
+               "1e-6: dividing by less overflows")
         ensure(filled == self.gen_length and shared_out and self.steps > 0,
                f"gen_length {self.gen_length}, block_length {self.block_length} and steps "
                f"{self.steps} do not divide: blocks must fill gen_length and share steps evenly")
-        ensure(self.remasking in SELECT,
-               f"remasking {self.remasking!r} is unknown; take one of {', '.join(SELECT)}")
+        ensure(self.remasking in REMASKING,
+               f"remasking {self.remasking!r} is unknown; take one of {', '.join(REMASKING)}")
         ensure(self.threshold is None or self.remasking in ("low_confidence", "maskgit_plus"),
                f"threshold needs probabilities, which remasking {self.remasking!r} does not give")
         ensure(self.threshold is None or self.alg_temp == 0,
@@ -212,9 +214,11 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     slots = None
     if memory:
         slots = memory.initial(2 * B if s.cfg_scale > 0 else B)        # (B, M, d), see denoise
-    streams = RandomStreams(range(B) if seeds is None else seeds, canvas.device)
-    propose = propose_llada if s.remasking in LLADA_REMASKING else propose_dream
-    select = SELECT[s.remasking] if s.threshold is None else select_above_threshold
+    generators = [torch.Generator(canvas.device).manual_seed(seed)
+                  for seed in (range(B) if seeds is None else seeds)]
+    propose, select = REMASKING[s.remasking]
+    if s.threshold is not None:
+        select = select_above_threshold
 
     for block in range(s.n_blocks):
         end = P + (block + 1) * (s.gen_length // s.n_blocks)
@@ -225,7 +229,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
             steps_are_over = step == s.steps_per_block and s.threshold is None
             if steps_are_over or not eligible.any():
                 break
-            turn = Turn(eligible, n_begin, step, s, c, streams)
+            turn = Turn(eligible, n_begin, step, s, c, generators)
             # 1. write, run, read, update: one pass of the backbone and its memory
             logits, slots = denoise(backbone, memory, canvas, slots, maskable, attention_mask,
                                     turn)                              # (N, V), (B, M, d)
@@ -246,22 +250,6 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     return canvas
 
 
-class RandomStreams:
-    """A random stream for each row, so that no row depends on the batch that it is in."""
-
-    def __init__(self, seeds: Sequence[int], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def uniform(self, eligible: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """(N, width) in (0, 1), every row's part from its own stream. eligible: (B, T), N True."""
-        draws = [torch.rand(n, width, dtype=dtype, device=eligible.device, generator=generator)
-                 for generator, n in zip(self.generators, eligible.sum(1).tolist())]
-        return torch.cat(draws).clamp(min=torch.finfo(dtype).tiny)
-
-    def gumbel(self, eligible: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        return -torch.log(-torch.log(self.uniform(eligible, width, dtype)))
-
-
 class Turn(NamedTuple):
     """Where the sampler stands in one pass: all that its small functions need to know."""
     eligible: Tensor                   # (B, T) bool, N of them True
@@ -269,7 +257,17 @@ class Turn(NamedTuple):
     step: int                          # of the block; below 0 while the memory thinks
     sampling: Sampling
     config: Config
-    streams: RandomStreams
+    generators: list[torch.Generator]  # one for each row, so that none depends on its batch
+
+    def uniform(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, width) in (0, 1), every row's part from its own stream."""
+        n_by_row = self.eligible.sum(1).tolist()
+        draws = [torch.rand(n, width, dtype=dtype, device=generator.device, generator=generator)
+                 for n, generator in zip(n_by_row, self.generators)]
+        return torch.cat(draws).clamp(min=torch.finfo(dtype).tiny)
+
+    def gumbel(self, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return -torch.log(-torch.log(self.uniform(width, dtype)))
 
 
 def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
@@ -310,7 +308,7 @@ def propose_llada(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     allowed[:, c.mask_id] = float("-inf")
     if s.temperature > 0:
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        noise = turn.streams.gumbel(turn.eligible, logits.shape[1], wide)      # (N, V)
+        noise = turn.gumbel(logits.shape[1], wide)                     # (N, V)
         allowed = allowed.to(wide) + s.temperature * noise
     tokens = allowed.argmax(-1)                                        # (N,)
     if s.confidence_eos_eot_inf:
@@ -326,10 +324,10 @@ def propose_dream(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
     s, c = turn.sampling, turn.config
     if s.temperature > 0:
         logits = logits / s.temperature
-    p = filtered(logits, s, c.mask_id).float().softmax(-1)             # (N, V)
-    allowed = p.clone()
+    allowed = filtered(logits, s, c.mask_id).float()                   # (N, V)
+    p = allowed.softmax(-1)                                            # (N, V)
     if s.temperature > 0:
-        allowed = p.log() + turn.streams.gumbel(turn.eligible, p.shape[1], p.dtype)
+        allowed = allowed + turn.gumbel(p.shape[1])
     allowed[:, c.mask_id] = float("-inf")
     tokens = allowed.argmax(-1)                                        # (N,)
     if s.remasking == "topk_margin":
@@ -385,7 +383,7 @@ def select_quota(confidence: Tensor, turn: Turn) -> Tensor:
 
 def select_random_quota(confidence: Tensor, turn: Turn) -> Tensor:
     """LLaDA's other order: as many as the quota says, anywhere."""
-    draws = turn.streams.uniform(turn.eligible, 1, torch.float32)[:, 0]        # (N,)
+    draws = turn.uniform(1)[:, 0]                                      # (N,)
     return best_positions(spread(draws, turn.eligible), turn.eligible, quota(turn))
 
 
@@ -394,7 +392,7 @@ def select_share(confidence: Tensor, turn: Turn) -> Tensor:
     the surer the likelier (Gumbel-top-k)."""
     alg_temp = turn.sampling.alg_temp
     if alg_temp > 0:
-        noise = turn.streams.gumbel(turn.eligible, 1, torch.float32)[:, 0]     # (N,)
+        noise = turn.gumbel(1)[:, 0]                                   # (N,)
         confidence = confidence / alg_temp + spread(noise, turn.eligible)
     n = (turn.eligible.sum(1) * share(turn)).int()                     # (B,)
     return best_positions(confidence, turn.eligible, n)
@@ -402,7 +400,7 @@ def select_share(confidence: Tensor, turn: Turn) -> Tensor:
 
 def select_by_chance(confidence: Tensor, turn: Turn) -> Tensor:
     """Dream's origin: each one with the probability that is the step's share."""
-    draws = turn.streams.uniform(turn.eligible, 1, torch.float32)[:, 0]        # (N,)
+    draws = turn.uniform(1)[:, 0]                                      # (N,)
     return turn.eligible & (spread(draws, turn.eligible) < share(turn))
 
 
@@ -413,11 +411,11 @@ def select_above_threshold(confidence: Tensor, turn: Turn) -> Tensor:
     return surest | (turn.eligible & (confidence >= turn.sampling.threshold))
 
 
-SELECT = {
-    "low_confidence": select_quota,
-    "random": select_random_quota,
-    "origin": select_by_chance,
-    "maskgit_plus": select_share,
-    "topk_margin": select_share,
-    "entropy": select_share,
+REMASKING = {                          # how to propose and how to select
+    "low_confidence": (propose_llada, select_quota),
+    "random": (propose_llada, select_random_quota),
+    "origin": (propose_dream, select_by_chance),
+    "maskgit_plus": (propose_dream, select_share),
+    "topk_margin": (propose_dream, select_share),
+    "entropy": (propose_dream, select_share),
 }

@@ -1,6 +1,7 @@
 """Score GSM8K-style problems: python eval_gsm8k.py [--init llada] [--data test.jsonl]
 
-Without arguments: the newest run, or the tiny model of this repository, on the built-in problems.
+Without arguments: the newest run, else the tiny model of this repository. A tiny model is scored on
+the built-in problems, others on GSM8K.
 Every answer is appended to a JSONL file, which another run goes on with; --compare A B pairs two
 such files. Prompts and answer rules are those of lm-evaluation-harness (gsm8k and gsm8k_cot).
 """
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from diffusion import CARRY, Pass, generate
 from metastate import MetaState
 from model import (Backbone, Tokenizer, blame, cache_folder, check_output, download, ensure,
-                   write_atomically)
+                   fetched, write_atomically)
 from sample import (COUNT, NUMBER, SAMPLING_DEFAULTS, add_model_options, add_sampling_options,
                     choose_models, is_right, open_models, run_program, sampling_settings,
                     start_device)
@@ -105,6 +106,7 @@ PROTOCOLS = {
     "chat-few-shot": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, chat=True,
                               settings=dict(gen_length=256, block_length=32)),
 }
+# By preset. A folder gets its kind's, that of the Instruct model; --protocol is for the others.
 DEFAULT_PROTOCOL = {"tiny": "dial", "llada-base": "gsm8k", "llada": "chat-few-shot",
                     "llada-1.5": "chat-few-shot", "dream-base": "gsm8k-cot", "dream": "chat"}
 
@@ -131,7 +133,7 @@ def extract(text: str, rule: str) -> str:
 def normalised(text: str) -> str:
     """lm-eval's deletions: commas, dollar signs, all up to "#### ", a final full stop."""
     text = re.sub(r"[,$]", "", text)
-    text = re.sub(r"(?s).*#### ", "", text)
+    text = text.rpartition("#### ")[2]
     return re.sub(r"\.$", "", text).lower()
 
 
@@ -178,10 +180,8 @@ SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e
 
 def gsm8k_file(name: str) -> Path:
     """GSM8K's own file, fetched once."""
-    path = cache_folder() / "gsm8k" / name
-    if not path.exists():
-        download(GSM8K + name, path, sha256=SHA256[name])
-    return path
+    return fetched(cache_folder() / "gsm8k" / name,
+                   lambda path: download(GSM8K + name, path, sha256=SHA256[name]))
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:
@@ -202,13 +202,12 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
 
 def read_problems(path: Path) -> list[dict[str, str]]:
     """GSM8K's form: question and answer, both text, on every line."""
-    problems = []
-    for number, problem in read_jsonl(path):
-        texts = [problem.get("question"), problem.get("answer")]
-        ensure(all(isinstance(text, str) for text in texts),
-               f"{path} line {number} lacks the text question or answer; mend or remove it")
-        problems.append(problem)
-    return problems
+    numbered = read_jsonl(path)
+    for number, problem in numbered:
+        for key in ("question", "answer"):
+            ensure(isinstance(problem.get(key), str), f"{path} line {number} lacks the text "
+                   "question or answer; mend or remove it")
+    return [problem for _, problem in numbered]
 
 
 # -------------------------------------------------------------------------------------- SCORES
@@ -506,8 +505,8 @@ def find_shots(args: argparse.Namespace, n: int) -> list[dict[str, str]]:
         return []
     near = args.data and args.data.with_name("train.jsonl")
     path = near if near and near.exists() else gsm8k_file("train.jsonl")
-    ensure(path != args.data, f"the protocol takes its {n} solved examples from {path}; give other "
-           "problems by --data")
+    ensure(not (args.data and path.samefile(args.data)), f"the protocol takes its {n} solved "
+           f"examples from {path}; give other problems by --data")
     shots = read_problems(path)[:n]
     ensure(len(shots) == n, f"{path} has {len(shots)} of the {n} solved examples that the protocol "
            "wants; give more")
@@ -526,9 +525,9 @@ def main() -> None:
     if args.rule:
         protocol = replace(protocol, rule=args.rule)
     settings = sampling_settings(args, protocol.settings)
-    ensure(args.carry != "shuffle" or args.batch_size > 2, "--carry shuffle exchanges memories "
-           "within a batch, and of batches of two one may be left over; give a --batch-size of "
-           "three or more")
+    ensure(args.carry != "shuffle" or (args.batch_size > 2 and not args.cfg_scale),
+           "--carry shuffle exchanges memories within a batch, and of batches of two one may be left "
+           "over; give a --batch-size of three or more, and no --cfg-scale")
     problems = find_problems(args, choice.kind)
     shots = find_shots(args, protocol.shots)
     if args.out:
@@ -536,6 +535,8 @@ def main() -> None:
 
     # 2. what is not answered yet, every process its share of the problems
     device, (rank, world) = start_device(args.device)
+    ensure(args.carry != "shuffle" or len(problems) >= 2 * world, "--carry shuffle needs two "
+           f"problems or more for each of {world} processes; raise --limit")
     backbone, tokenizer, memory, identity = open_models(choice, args, device)
     made_with = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
                  "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
@@ -545,8 +546,7 @@ def main() -> None:
     default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(made_with)}.jsonl"
     out = args.out or default_out
     if rank == 0 and not out.exists():
-        with write_atomically(out) as file:
-            file.write(json.dumps({"setting": made_with}).encode() + b"\n")
+        write_atomically(out, json.dumps({"setting": made_with}).encode() + b"\n")
     if world > 1:
         torch.distributed.barrier()                    # now the file is there
     rows = rows_so_far(out, made_with)

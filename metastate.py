@@ -23,6 +23,7 @@ slots come out, and nothing in them grows with T. Cost: O(T M).
 """
 import math
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -149,6 +150,9 @@ class Updater(nn.Module):
 
 
 class MetaState(nn.Module):
+    """The memory: slots in, slots out. What it knows is in the slots that step returns; its
+    parameters are the slots to begin with and the four modules above."""
+
     def __init__(self, config: MemoryConfig):
         super().__init__()
         self.config = c = config
@@ -254,8 +258,9 @@ GIVE_CHECKPOINT = "give a checkpoint that train.py wrote"
 
 def save_checkpoint(path: Path, model: nn.Module, **more: object) -> None:
     """Write a trained module, its config, and what belongs to it, plain values and tensors."""
-    with write_atomically(path) as file:
-        torch.save({"model": model.state_dict(), "config": asdict(model.config), **more}, file)
+    buffer = BytesIO()
+    torch.save({"model": model.state_dict(), "config": asdict(model.config), **more}, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict:

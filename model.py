@@ -28,7 +28,7 @@ import urllib.request
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -381,7 +381,8 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     entries = read_json(path)
     kind = str(entries.pop("model_type", None)).lower()
-    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}, not llada or Dream")
+    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}; give a folder of "
+           "LLaDA, Dream or a tiny run")
     for key, want in CONFIG_FIXED.get(kind, {}).items():
         ensure(entries.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
     with blame(path, FETCH_AGAIN):
@@ -508,8 +509,7 @@ def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
         "config.json": json.dumps(config).encode(),
     }
     for name, data in files.items():
-        with write_atomically(folder / name) as file:
-            file.write(data)
+        write_atomically(folder / name, data)
 
 
 # --------------------------------------------------------------------------------------- FILES
@@ -532,16 +532,14 @@ def check_output(path: Path) -> None:
         temporary(path).unlink()
 
 
-@contextmanager
-def write_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the name path at the end of the block: whole or not at
-    all. Raises InputError where that fails."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all. Raises InputError where that fails."""
     check_output(path)
     part = temporary(path)
     with blame(path, WRITABLE):
         try:
             with open(part, "wb") as file:
-                yield file
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -567,6 +565,16 @@ def locked(path: Path, wait: bool, message: str) -> Iterator[None]:
         yield
 
 
+def fetched(path: Path, fetch: Callable[[Path], None]) -> Path:
+    """path, which fetch(path) makes where it is not there: once, by one process of the machine."""
+    if not path.exists():
+        with locked(path.with_name("lock"), wait=True,
+                    message=f"waiting: another process fetches {path.parent}"):
+            if not path.exists():      # made while we waited
+                fetch(path)
+    return path
+
+
 def cache_folder() -> Path:
     with blame("the home folder", "set XDG_CACHE_HOME to a folder for downloads"):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
@@ -586,7 +594,7 @@ def retry(what: str, attempt: Callable[[], Any]) -> Any:
             if pause and asked.isdecimal():            # it may be a date, too
                 pause = min(int(asked), 600)
         except urllib.error.URLError as error:
-            raise InputError(f"{what} cannot be reached ({error.reason})")
+            raise InputError(f"{what} cannot be reached ({error.reason}); check the connection")
         except Exception as error:                     # cut short, or of another hash
             trouble = str(error) or type(error).__name__
         ensure(pause is not None, f"{what} could not be fetched ({trouble}); run again to go on")
@@ -648,22 +656,18 @@ def find_weights(path_or_preset: str | Path) -> Path:
         if shards and all(path.exists() for path in [snapshot / "config.json", *shards]):
             return snapshot
 
-    ours = cache_folder() / name
-    if not (ours / "complete").exists():
-        with locked(ours / "lock", wait=True, message=f"waiting: another process fetches {ours}"):
-            try:
-                download_repository(preset.repository, ours)
-            except InputError as error:
-                raise InputError(f"the weights of {path_or_preset} could not be fetched: {error}; "
-                                 "give a folder that holds them by --weights")
-    return ours
+    try:
+        complete = fetched(cache_folder() / name / "complete",
+                           lambda path: download_repository(preset.repository, path.parent))
+    except InputError as error:
+        raise InputError(f"the weights of {path_or_preset} could not be fetched: {error}; give a "
+                         "folder that holds them by --weights")
+    return complete.parent
 
 
 def download_repository(repository: str, folder: Path) -> None:
     """Fetch a model's config, weights and tokeniser into folder, file by file, at one revision.
-    What is there already is not fetched again."""
-    if (folder / "complete").exists():                 # made while we waited for the lock
-        return
+    What is there already is not fetched again; the file "complete" comes last."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     listing, _ = fetch_json(f"{hub}/api/models/{repository}?blobs=true")
     with blame(f"the list of files of {repository}", "check HF_ENDPOINT"):

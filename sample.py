@@ -28,7 +28,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion import SELECT, Pass, Sampling, generate
+from diffusion import REMASKING, Pass, Sampling, generate
 from metastate import GIVE_CHECKPOINT, MetaState, load_checkpoint, load_memory
 from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
                    load_backbone, load_tokenizer, read_config, write_atomically)
@@ -101,11 +101,12 @@ def start_device(name: str | None) -> tuple[torch.device, Processes]:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()           # there are devices without numbers, too
-    processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if processes.world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # the first to finish an evaluation may wait for hours for the last
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
+    with blame("RANK and WORLD_SIZE", "start by torchrun, or unset them"):
+        processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if processes.world > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            # the first to finish an evaluation may wait for hours for the last
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
     return device, processes
 
 
@@ -130,7 +131,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Choice(NamedTuple):
-    """Which models were asked for; nothing large is loaded or fetched yet."""
+    """Which models were asked for; no backbone is loaded or fetched yet."""
     name: str                          # a preset's, or a folder
     weights: str | Path                # where they are from: a preset's name, or a folder
     memory: Path | None
@@ -213,11 +214,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     """An option for each field of Sampling; None where it was not given."""
     add = parser.add_argument_group(f"sampling (default: {default})").add_argument
     add("--gen-length", type=between(int, 1, 10 ** 5), help="tokens of the answer")
-    add("--steps", type=COUNT, help="passes that reveal tokens")
+    add("--steps", type=between(int, 1, 10 ** 5), help="passes that reveal tokens")
     add("--block-length", type=COUNT, help="write the answer block by block")
     add("--think", type=between(int, 0, 10 ** 5), help="passes before the first token is revealed")
     add("--threshold", type=SHARE, help="reveal whatever is surer, in as many passes as it takes")
-    add("--remasking", choices=SELECT, help="how tokens are chosen")
+    add("--remasking", choices=REMASKING, help="how tokens are chosen")
     add("--temperature", type=NOT_NEGATIVE, help="0: the likeliest token")
     add("--top-p", type=SHARE, help="for Dream's ways of remasking, as the next two")
     add("--top-k", type=COUNT)
@@ -225,13 +226,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--cfg-scale", type=NOT_NEGATIVE, help="guidance by the prompt")
     add("--logits-eos-inf", action="store_true", default=None, help="never write end-of-text")
     add("--confidence-eos-eot-inf", action="store_true", default=None,
-        help="end of text comes last")
+        help="for low_confidence: end of text comes last")
     add("--seed", type=SEED, default=0, help="default: 0")
 
 
 def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
-    """The largest block up to at_most whose blocks fill gen_length and share out steps."""
-    fitting = [block_length for block_length in range(1, at_most + 1)
+    """The largest block up to at_most whose blocks fill gen_length and share out steps, or all of
+    gen_length: a block of a few tokens would be written word by word."""
+    fitting = [block_length for block_length in range(8, at_most + 1)
                if gen_length % block_length == 0 and steps % (gen_length // block_length) == 0]
     return max(fitting, default=gen_length)
 
@@ -277,7 +279,7 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def rounded(values: Tensor) -> list[float]:
-    return [round(x, 3) for x in values.tolist()]
+    return [round(x, 3) for x in values.nan_to_num().tolist()]
 
 
 class Recorder:
@@ -342,8 +344,7 @@ def write_page(path: Path, content: dict) -> None:
     """The page of a sample: the template with the content in it, as one file."""
     template = (ASSETS / "page.html").read_text("utf-8")
     text = json.dumps(content).replace("<", "\\u003c")         # no text can end the script
-    with write_atomically(path) as file:
-        file.write(template.replace('"CONTENT"', text, 1).encode())
+    write_atomically(path, template.replace('"CONTENT"', text, 1).encode())
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
@@ -384,14 +385,18 @@ def main() -> None:
     args = arguments()
     choice = choose_models(args)
     prompt, answer = EXAMPLES[choice.kind] if args.prompt is None else (args.prompt, None)
-    answer = args.answer or answer
-    defaults = SAMPLING_DEFAULTS[choice.kind]
+    if args.answer is not None:
+        answer = args.answer
+        ensure(last_number(answer) is not None, f"--answer {answer!r} holds no number; give the "
+               "number that is right")
+    defaults = {"remasking": Sampling.remasking, **SAMPLING_DEFAULTS[choice.kind]}
     if args.infill is not None:
         n_blanks = args.infill.count("_")
         ensure(n_blanks, "--infill has no blank; write one _ for each token to fill in")
-        remasking = defaults.get("remasking", Sampling.remasking)
-        defaults = dict(gen_length=0, steps=n_blanks, remasking=remasking)
-    settings = {"remasking": Sampling.remasking, **sampling_settings(args, defaults)}
+        ensure(args.gen_length is None and args.block_length is None, "--infill says how long the "
+               "answer is; omit --gen-length and --block-length")
+        defaults = dict(remasking=defaults["remasking"], gen_length=0, steps=n_blanks)
+    settings = sampling_settings(args, defaults)
     if args.html:
         check_output(args.html)
 

@@ -36,8 +36,8 @@ from eval_gsm8k import (PROTOCOLS, WORDS, Bench, contestants, dial_problems, gsm
                         schedule_table, thinking_table)
 from metastate import MetaState, load_checkpoint, preset, save_checkpoint
 from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, check_output, ensure,
-                   fetch_json, load_backbone, load_tokenizer, locked, read_config, save_backbone,
-                   tiny_tokenizer, write_atomically)
+                   fetch_json, fetched, load_backbone, load_tokenizer, locked, read_config,
+                   save_backbone, tiny_tokenizer, write_atomically)
 from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
                     between, run_program, start_device)
 
@@ -99,13 +99,7 @@ PAUSE = 0.7                            # seconds between calls: 500 in 5 minutes
 
 def tulu_file() -> Path:
     """50,000 conversations of the Tulu-3 SFT mixture as JSON lines, fetched once."""
-    path = cache_folder() / "tulu-3" / "conversations.jsonl"
-    if not path.exists():
-        with locked(path.with_name("lock"), wait=True,
-                    message=f"waiting: another process fetches {path}"):
-            if not path.exists():
-                fetch_tulu(path)
-    return path
+    return fetched(cache_folder() / "tulu-3" / "conversations.jsonl", fetch_tulu)
 
 
 def fetch_window(offset: int, length: int) -> tuple[str | None, int, list]:
@@ -120,14 +114,14 @@ def fetch_window(offset: int, length: int) -> tuple[str | None, int, list]:
         return headers.get("X-Revision"), int(answer["num_rows_total"]), rows
 
 
-def conversation_lines(rows: list) -> list[bytes]:
+def conversation_lines(rows: list) -> bytes:
     """JSON lines of the rows that are conversations; a few are not."""
-    lines = []
+    lines = b""
     for row in rows:
         with suppress(ValueError, LookupError, TypeError):
             conversation = {"messages": row["messages"]}
             read_text(conversation)
-            lines.append(json.dumps(conversation).encode() + b"\n")
+            lines += json.dumps(conversation).encode() + b"\n"
     return lines
 
 
@@ -147,8 +141,7 @@ def fetch_tulu(path: Path) -> None:
             revision_now, _, rows = fetch_window(offset, WINDOW)
             ensure(revision_now == revision, f"{TULU} was changed while it was fetched; run "
                    "again, it begins anew")
-            with write_atomically(part) as file:
-                file.writelines(conversation_lines(rows))
+            write_atomically(part, conversation_lines(rows))
         new_lines = part.read_bytes().splitlines(keepends=True)
         lines += new_lines
         offsets.append(offset)
@@ -160,10 +153,8 @@ def fetch_tulu(path: Path) -> None:
            "are wanted; give a file of your own by --data")
     about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW,
              "offsets": offsets}
-    with write_atomically(path.with_name("about.json")) as file:
-        file.write(json.dumps(about).encode())
-    with write_atomically(path) as file:
-        file.writelines(lines[:TULU_ROWS])
+    write_atomically(path.with_name("about.json"), json.dumps(about).encode())
+    write_atomically(path, b"".join(lines[:TULU_ROWS]))
     shutil.rmtree(windows)
 
 
@@ -366,8 +357,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_
 def start_log(log: Path, n_lines: int) -> None:
     """Keep the lines up to the checkpoint; what came after it will be written again."""
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    with write_atomically(log) as file:
-        file.writelines(lines[:n_lines])
+    write_atomically(log, b"".join(lines[:n_lines]))
 
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
@@ -399,8 +389,8 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
             value, *parts = global_gradient(run, model, loss, batches, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
             ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
-                   f"{value} with a gradient of norm {norm}; go on from {path} by --resume and a "
-                   "lower --lr (or --backbone-lr), or clean the data")
+                   f"{value} with a gradient of norm {norm}; go on from {path}, if it is there, by "
+                   "--resume and a lower --lr (or --backbone-lr), or clean the data")
 
             # 2. a step of the optimiser
             optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr, final_lr)
@@ -495,7 +485,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def check_options(args: argparse.Namespace, out: Path) -> None:
+def check_options(args: argparse.Namespace, out: Path, world: int = 1) -> None:
     """What can be wrong before anything is fetched or loaded."""
     sizes = {"--batch": args.batch}
     weights = args.weights
@@ -509,14 +499,16 @@ def check_options(args: argparse.Namespace, out: Path) -> None:
         kind = read_config(weights).kind
         ensure(kind == PRESETS[args.init].config.kind, f"{weights} holds a {kind} model; give a "
                f"folder of --init {args.init}, or another --init")
-    n_shares = int(os.environ.get("WORLD_SIZE", 1)) * args.accumulate
+    n_shares = world * args.accumulate
     for option, size in sizes.items():
         ensure(size % n_shares == 0, f"{option} {size} is no multiple of {n_shares}, processes "
                "times --accumulate; make it one")
     has_run = (out / "backbone").exists() or any(out.glob("*.pt"))
     ensure(args.resume or not has_run, f"{out} holds a run; go on with it by --resume, or give "
            "another --out")
-    ensure(has_run or not args.resume, f"{out} holds nothing to go on with; omit --resume")
+    first = "backbone.pt" if args.init == "tiny" else "memory.pt"
+    ensure((out / first).exists() or not args.resume, f"{out} holds no {first} to go on with; omit "
+           "--resume, or give another --out")
     ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
            "take; give 0 for no tables, or two or more")
 
@@ -564,8 +556,7 @@ def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState,
     print(text)
     results = json.dumps({"thinking": thinking, "schedules": schedules})
     for name, content in zip(TABLES, (text, results)):
-        with write_atomically(out / name) as file:
-            file.write(content.encode())
+        write_atomically(out / name, content.encode())
 
 
 def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
@@ -625,8 +616,8 @@ def print_next(run: Run, sampling: str, scoring: str) -> None:
 def main() -> None:
     args = arguments()
     out = args.out or Path("out") / Path(args.init).resolve().name
-    check_options(args, out)
     device, processes = start_device(args.device)
+    check_options(args, out, processes.world)
     alone = locked(out / "lock", wait=False, message=f"another run is at work in {out}; wait for "
                    "it, or give another --out")
     train = train_tiny if args.init == "tiny" else train_large

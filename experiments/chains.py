@@ -79,8 +79,7 @@ def main() -> None:
             table[f"{name}, {presses}"] = values
             cells = " | ".join(f"{100 * x:.1f}" for x in values)
             print(f"| {presses} | {cells} |", flush=True)
-    with write_atomically(given.out / "chains.json") as file:
-        file.write(json.dumps(table).encode())
+    write_atomically(given.out / "chains.json", json.dumps(table).encode())
 
 
 if __name__ == "__main__":

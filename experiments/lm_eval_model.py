@@ -133,9 +133,8 @@ def main() -> None:
         tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
         confirm_run_unsafe_code=may_execute, bootstrap_iters=1000)
     print(make_table(found))
-    with write_atomically(args.out) as file:
-        saved = {"identity": models.identity, "settings": settings, "results": found["results"]}
-        file.write(json.dumps(saved, default=str).encode())
+    saved = {"identity": models.identity, "settings": settings, "results": found["results"]}
+    write_atomically(args.out, json.dumps(saved, default=str).encode())
     print(f"the results are in {args.out}")
 
 

@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from eval_gsm8k import wilson  # noqa: E402
-from model import blame, check_output, ensure, read_safetensors, write_atomically  # noqa: E402
+from model import blame, check_output, ensure, read_safetensors  # noqa: E402
 from sample import SEED, run_program  # noqa: E402
 
 Rule = Callable[[Tensor], Tensor]          # Delta (B, T, E) -> Delta (B, T, E)
@@ -587,8 +587,7 @@ def plot(scores: Scores, path: Path) -> None:
         axis.set_xticks(LENGTHS, LENGTHS)
         axis.set_xlabel(f"length of the input (trained at {TRAIN_LENGTH})")
     figure.tight_layout()
-    with write_atomically(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    figure.savefig(path, dpi=110, format="png")
 
 
 def main() -> None:

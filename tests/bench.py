@@ -274,7 +274,7 @@ def write_shard(path: Path, kind: str, shard: dict[str, Tensor]) -> None:
                                               "data_offsets": [end, end + p.nbytes]}
         end += p.nbytes
     text = json.dumps(entries).encode()
-    with write_atomically(path) as file:
+    with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name, p in shard.items():
@@ -297,11 +297,9 @@ def write_checkpoint(c: Config, folder: Path) -> None:
         total += sum(p.nbytes for p in shard.values())
     config = {theirs: getattr(c, ours) for ours, theirs in CONFIG_KEYS[c.kind].items()}
     config |= CONFIG_FIXED[c.kind] | {"model_type": {"llada": "llada", "dream": "Dream"}[c.kind]}
-    with write_atomically(folder / "config.json") as file:
-        file.write(json.dumps(config).encode())
-    with write_atomically(index) as file:
-        found = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        file.write(json.dumps(found).encode())
+    write_atomically(folder / "config.json", json.dumps(config).encode())
+    found = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_atomically(index, json.dumps(found).encode())
 
 
 def read_through(paths: list[Path]) -> float:

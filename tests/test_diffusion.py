@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import GOLDEN
-from diffusion import (RandomStreams, Sampling, Turn, best_positions, cross_entropy, diffusion_loss,
+from diffusion import (Sampling, Turn, best_positions, cross_entropy, diffusion_loss,
                        generate, propose_dream, propose_llada, select_by_chance, select_share,
                        unroll)
 from metastate import MemoryConfig, MetaState
@@ -144,7 +144,8 @@ def turn(n, step=0, n_begin=None, seed=0, **settings):
     eligible = torch.ones(1, n, dtype=torch.bool)
     begin = torch.tensor([n if n_begin is None else n_begin])
     config = replace(TINY, vocab_size=5, mask_id=4, eos_id=3)
-    return Turn(eligible, begin, step, Sampling(**settings), config, RandomStreams([seed], "cpu"))
+    generators = [torch.Generator().manual_seed(seed)]
+    return Turn(eligible, begin, step, Sampling(**settings), config, generators)
 
 
 def test_temperature_samples_the_softmax():

