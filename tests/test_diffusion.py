@@ -148,6 +148,15 @@ def turn(n, step=0, n_begin=None, seed=0, **settings):
     return Turn(eligible, begin, step, Sampling(**settings), config, generators)
 
 
+@pytest.mark.parametrize("settings", [dict(temperature=0.1), dict(temperature=0.001), {}], ids=str)
+@pytest.mark.parametrize("propose, remasking", [(propose_llada, "low_confidence"),
+                                                (propose_dream, "maskgit_plus")])
+def test_a_mask_is_never_written_however_likely_it_is(propose, remasking, settings):
+    logits = torch.tensor([[-50.0, -1.0, -50.0, -50.0, 300.0]])            # the last is the mask
+    tokens, _ = propose(logits, turn(1, remasking=remasking, **settings))
+    assert tokens.item() == 1
+
+
 def test_temperature_samples_the_softmax():
     """Gumbel-max draws from softmax(logits / T), and the confidence is that without noise."""
     logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, 9.0]), 40_000        # the last is the mask

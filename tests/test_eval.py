@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eval_gsm8k as E
-from conftest import SHARED, needs_shared
+from conftest import SHARED, at_most, needs_shared
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
 from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
 from folders import memory_for
@@ -322,3 +322,9 @@ def test_an_answer_is_judged_up_to_the_stop_of_its_protocol(protocol, after_it):
     ids = tokenizer.encode(answer + after_it, special=True)
     judged = E.judge(tokenizer, PROTOCOLS[protocol], {"answer": "#### 3"}, ids)
     assert judged["text"].strip() == answer and judged["correct"]
+
+
+def test_a_long_answer_is_judged_at_once():
+    with at_most(10):
+        assert not is_correct("1", "x" * 500_000, "strict")
+        assert is_correct("11", "#### 1" * 100_000 + "1", "strict")

@@ -240,6 +240,16 @@ def test_any_part_of_a_run_keeps_it_from_being_overwritten(tmp_path, data, kept)
     assert path.read_bytes() == b"something"
 
 
+def test_a_run_without_its_backbones_checkpoint_is_not_begun_anew(tmp_path, data):
+    """assets/tiny for example: its backbone would be overwritten before its memory is refused."""
+    for name in ("memory.pt", "backbone/model.safetensors"):
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"something")
+    assert "no backbone.pt" in refused(tmp_path / "run", data, "--resume")
+    assert path.read_bytes() == b"something"
+
+
 def test_nothing_cannot_be_resumed(tmp_path, data):
     assert "to go on with" in refused(tmp_path / "run", data, "--resume")
     assert not (tmp_path / "run").exists()
