@@ -1,10 +1,11 @@
-"""Longer chains than the memory was trained on: python experiments/chains.py out/chains [--seed 0]
+"""Longer chains than the memory was trained on: python experiments/chains.py out/chains
 
 The backbone is trained on problems of one to eight presses, one memory on one to four, and another,
 as a control, on one to eight. Then whole answers of one to eight presses are written at once, after
 N passes without a word: does a memory go on with its look-ups when it is given more passes? The
 control tells what the slots can hold where they were trained to. Problems of three and more presses
-were seen by no training; of one and two there are too few (80 and 640) to leave some out.
+were seen by no training; of one and two there are too few (80 and 640) to leave some out. Options of
+train.py are taken, too, --seed and --backbone-iters above all.
 """
 import argparse
 import json
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train  # noqa: E402
 from eval_gsm8k import BUTTONS, WORDS, Bench, Contestant, dial_problem  # noqa: E402
 from model import TINY, Backbone, tiny_tokenizer, write_atomically  # noqa: E402
-from sample import SEED, Processes, run_program  # noqa: E402
+from sample import Processes, run_program  # noqa: E402
 
 LONGEST = 8
 TRAINED = 4
@@ -40,9 +41,8 @@ def problems(n: int, longest: int, shortest: int, seed: int) -> list[dict[str, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=SEED, default=0)
-    given = parser.parse_args()
-    sys.argv = ["train.py", "--seed", str(given.seed), "--device", "cpu"]
+    given, options = parser.parse_known_args()         # the others are train.py's
+    sys.argv = ["train.py", "--device", "cpu", *options]
     args = train.arguments()
     args.max_length = 100
     train.check_options(args, given.out)
