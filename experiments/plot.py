@@ -81,7 +81,7 @@ def draw_thinking(axis, tables: list[dict]) -> None:
         axis.errorbar(range(len(values)), y.mean(1), np.maximum(0, bars), fmt=style, capsize=3)
     axis.set_xticks(range(len(values)), values)
     axis.text(5, 91, "MetaState", color="C0", weight="bold")
-    axis.text(3.4, 5, "without persistence: frozen, memory reset,\n"
+    axis.text(3.4, 5, "controls: frozen, memory reset,\n"
               "memory shuffled, memoryless-trained", size=9)
     axis.set_xlabel("passes over an answer of nothing but masks")
     axis.set_ylabel("whole answers right (%)")
