@@ -526,8 +526,8 @@ def main() -> None:
         protocol = replace(protocol, rule=args.rule)
     settings = sampling_settings(args, protocol.settings)
     ensure(args.carry != "shuffle" or (args.batch_size > 2 and not args.cfg_scale),
-           "--carry shuffle exchanges memories within a batch, and of batches of two one may be left "
-           "over; give a --batch-size of three or more, and no --cfg-scale")
+           "--carry shuffle exchanges memories within a batch, and of batches of two one may be "
+           "left over; give a --batch-size of three or more, and no --cfg-scale")
     problems = find_problems(args, choice.kind)
     shots = find_shots(args, protocol.shots)
     if args.out:

@@ -474,8 +474,8 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
 
     with blame(folder / "config.json", FETCH_AGAIN), torch.device("meta"):
         backbone = Backbone(config)    # shapes without memory
-    expected = {original_name(config.kind, name): list(p.shape)
-                for name, p in backbone.named_parameters()}
+    names = [original_name(config.kind, name) for name, _ in backbone.named_parameters()]
+    expected = {name: list(p.shape) for name, p in zip(names, backbone.parameters())}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected | shapes):
         ensure(shapes.get(name) == expected.get(name), f"{folder} has shape {shapes.get(name)} for "
@@ -486,7 +486,7 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
         on_gpu = torch.device(device).type == "cuda"
         dtype = torch.bfloat16 if on_gpu else next(iter(tensors.values())).dtype
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    places = {original_name(config.kind, name): p for name, p in backbone.named_parameters()}
+    places = dict(zip(names, backbone.parameters()))
     for name in list(tensors):         # file by file: one leaves our memory before the next comes
         places[name].copy_(tensors.pop(name))
     return backbone

@@ -185,26 +185,34 @@ def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: i
     return fitting
 
 
+class Run(NamedTuple):
+    """What every training of a run shares."""
+    args: argparse.Namespace
+    out: Path
+    examples: list[TokenIds]
+    answer_length: int                 # answers are padded to at least this length
+    processes: Processes
+    device: torch.device
+
+
 @dataclass(eq=False)                   # hashed by identity, which lru_cache needs
 class Batches:
     """Step -> global batch, the same for any number of processes, rows of like length together."""
-    examples: list[TokenIds]
+    run: Run
     batch: int                         # rows of a step, over all processes and micro-batches
     pad_id: int
-    answer_length: int                 # answers are padded to at least this length
-    args: argparse.Namespace           # seed, K, alpha, confident, think
 
     def __post_init__(self) -> None:
-        self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.answer_length)
-                                 for e in self.examples])
-        self.per_epoch = max(1, len(self.examples) // self.batch)
+        self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.run.answer_length)
+                                 for e in self.run.examples])
+        self.per_epoch = max(1, len(self.run.examples) // self.batch)
 
     @lru_cache(1)                      # the epoch at hand
     def epoch(self, number: int) -> np.ndarray:
         """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
         they are sorted by length, which keeps padding small; the batches are shuffled again."""
-        rng = np.random.default_rng((self.args.seed, number))
-        order = rng.permutation(len(self.examples))
+        rng = np.random.default_rng((self.run.args.seed, number))
+        order = rng.permutation(len(self.run.examples))
         order = np.resize(order, self.per_epoch * self.batch)  # drops less than a batch, or repeats
         size = 64 * self.batch
         windows = np.split(order, range(size, len(order), size))
@@ -217,7 +225,7 @@ class Batches:
         ids = np.full(T, self.pad_id)
         ids[:n_prompt] = example.prompt
         ids[n_prompt:n_prompt + n_answer] = example.answer
-        args = self.args
+        args = self.run.args
         rng = np.random.default_rng((args.seed, step, b))
         t = (b + rng.random()) / self.batch            # stratified: the batch covers [0, 1)
         noise = rng.random(T, np.float32)
@@ -237,12 +245,13 @@ class Batches:
         chosen = self.epoch(epoch)[i]
         T = self.lengths[chosen].max()
         numbers = range(self.batch)[part]
-        rows = [self.row(step, b, self.examples[chosen[b]], T) for b in numbers]
+        rows = [self.row(step, b, self.run.examples[chosen[b]], T) for b in numbers]
         batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
                  for name in rows[0]}
-        rng = np.random.default_rng((self.args.seed, step, self.batch))    # no row has this number
+        args = self.run.args
+        rng = np.random.default_rng((args.seed, step, self.batch))     # no row has this number
         thinks = rng.random() < THINK_SHARE
-        batch["think"] = int(rng.integers(self.args.think + 1)) if thinks else 0
+        batch["think"] = int(rng.integers(args.think + 1)) if thinks else 0
         return batch
 
 
@@ -251,16 +260,6 @@ class Batches:
 # Options that may change when a run is resumed; all others must stay as they were.
 MAY_CHANGE = ("lr", "backbone_lr", "out", "resume", "save_every", "weights", "device", "compile",
               "accumulate", "keep_activations", "split", "problems")
-
-
-class Run(NamedTuple):
-    """What every training of a run shares."""
-    args: argparse.Namespace
-    out: Path
-    examples: list[TokenIds]
-    answer_length: int                 # see Batches
-    processes: Processes
-    device: torch.device
 
 
 def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
@@ -525,22 +524,26 @@ def find_texts(args: argparse.Namespace) -> list[Text]:
 def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
     """Train a tiny backbone in place, as LLaDA is, and save it as a checkpoint folder."""
     args = run.args
-    batches = Batches(run.examples, args.backbone_batch, backbone.config.pad_id, run.answer_length,
-                      args)
+    batches = Batches(run, args.backbone_batch, backbone.config.pad_id)
     fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt", iters=args.backbone_iters,
         lr=args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
     if run.processes.rank == 0:
         save_backbone(backbone, run.out / "backbone", words)
 
 
-def train_memory(run: Run, backbone: Backbone, path: Path, carry: str) -> MetaState:
-    """A new memory, trained on a frozen backbone."""
+def fit_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path, carry: str) -> None:
+    """Train a memory in place on a frozen backbone."""
     args = run.args
-    torch.manual_seed(args.seed)
-    memory = MetaState(preset(backbone)).to(run.device)
-    batches = Batches(run.examples, args.batch, backbone.config.pad_id, run.answer_length, args)
+    batches = Batches(run, args.batch, backbone.config.pad_id)
     fit(run, memory, memory_loss(backbone, args.lam, carry), batches, path, iters=args.iters,
         lr=args.lr, backbone={"name": args.init, "digest": backbone.digest()})
+
+
+def train_memory(run: Run, backbone: Backbone, path: Path, carry: str) -> MetaState:
+    """A new memory, trained on a frozen backbone."""
+    torch.manual_seed(run.args.seed)
+    memory = MetaState(preset(backbone)).to(run.device)
+    fit_memory(run, backbone, memory, path, carry)
     return memory
 
 

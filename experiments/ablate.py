@@ -117,7 +117,7 @@ VARIANTS = {
     "memoryless, 2 x the steps": Variant({"iters": 2}, carry="reset"),
     "memoryless, 4 x the steps": Variant({"iters": 4}, carry="reset"),
     "Injector only, as many parameters": Variant(fields={"d_slot": 148}, change=injector_only,
-                                             carry="reset"),
+                                                 carry="reset"),
     "looping, 5 passes in every step": Variant(kind=Looping, trained=False),
     "no Updater (overwrite)": Variant(change=overwrite),
     "update gates biased to keep": Variant(change=gates_closed),
@@ -163,11 +163,8 @@ def ablate(folder: Path, name: str) -> None:
         variant.change(memory)
     before = [p.detach().clone() for p in memory.parameters()]
     if variant.trained:
-        batches = train.Batches(examples, args.batch, backbone.config.pad_id, gen_length, args)
-        loss = train.memory_loss(backbone, args.lam, variant.carry)
-        train.fit(run, memory, loss, batches, folder / "ablations" / f"{name}.pt",
-                  iters=args.iters, lr=args.lr,
-                  backbone={"name": args.init, "digest": backbone.digest()})
+        path = folder / "ablations" / f"{name}.pt"
+        train.fit_memory(run, backbone, memory, path, variant.carry)
     else:
         memory.load_state_dict(load_checkpoint(folder / "memory.pt")["model"])
     # what no gradient reaches stays as it was

@@ -4,8 +4,8 @@ The backbone is trained on problems of one to eight presses, one memory on one t
 as a control, on one to eight. Then whole answers of one to eight presses are written at once, after
 N passes without a word: does a memory go on with its look-ups when it is given more passes? The
 control tells what the slots can hold where they were trained to. Problems of three and more presses
-were seen by no training; of one and two there are too few (80 and 640) to leave some out. Options of
-train.py are taken, too, --seed and --backbone-iters above all.
+were seen by no training; of one and two there are too few (80 and 640) to leave some out. Options
+of train.py are taken, too, --seed and --backbone-iters above all.
 """
 import argparse
 import json

@@ -22,7 +22,7 @@ from eval_gsm8k import (PRESSES, PROTOCOLS, Bench, Contestant, dial_problems,  #
                         prompt_ids)
 from metastate import MetaState, load_checkpoint, load_memory, preset  # noqa: E402
 from model import Backbone, Tokenizer, load_backbone, load_tokenizer  # noqa: E402
-from sample import run_program  # noqa: E402
+from sample import Processes, run_program  # noqa: E402
 
 PASSES = 6
 MANY_PASSES = (5, 10, 20, 30, 50, 100, 256)
@@ -100,8 +100,9 @@ def main() -> None:
     examples = train.tokenise(texts, tokenizer, backbone.config.eos_id, max_length=64)
     args = argparse.Namespace(seed=0, K=K, alpha=1.0, confident=1.0, think=0)
     gen_length = PROTOCOLS["dial"].settings["gen_length"]
-    batches = train.Batches(examples, 1000, backbone.config.pad_id, gen_length, args)
-    batch = batches(0, slice(None), torch.device("cpu"))
+    device = torch.device("cpu")
+    training = train.Run(args, run, examples, gen_length, Processes(0, 1), device)
+    batch = train.Batches(training, 1000, backbone.config.pad_id)(0, slice(None), device)
     print(f"\n| loss of step | {' | '.join(str(k + 1) for k in range(K))} |")
     print("|---" * (K + 1) + "|")
     for carry in CARRY:

@@ -251,7 +251,7 @@ def test_a_run_without_its_backbones_checkpoint_is_not_begun_anew(tmp_path, data
 
 
 def test_nothing_cannot_be_resumed(tmp_path, data):
-    assert "to go on with" in refused(tmp_path / "run", data, "--resume")
+    assert "no backbone.pt to go on with" in refused(tmp_path / "run", data, "--resume")
     assert not (tmp_path / "run").exists()
 
 
@@ -402,7 +402,8 @@ def batches(examples, batch, **more):
     settings = dict(seed=0, K=4, alpha=1.0, confident=0.3, think=3) | more
     answer_length = settings.pop("answer_length", 0)
     args = argparse.Namespace(**settings)
-    return train.Batches(examples, batch, TINY.pad_id, answer_length, args)
+    run = train.Run(args, None, examples, answer_length, Processes(0, 1), torch.device("cpu"))
+    return train.Batches(run, batch, TINY.pad_id)
 
 
 def examples(n=50, seed=0):
