@@ -461,7 +461,8 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
                   dtype: torch.dtype | None = None) -> Backbone:
     """The frozen backbone of a checkpoint folder or preset, in eval mode. Headers and shapes are
     checked first; then every tensor goes from the mapped file to its place on the device, one at a
-    time. dtype: bfloat16 on a GPU, else the file's. Raises InputError for files that do not fit."""
+    time. dtype: by default the file's, which is bfloat16 for the released ones. Raises InputError
+    for files that do not fit."""
     folder = find_weights(path_or_preset)
     config = read_config(folder)
     tensors: dict[str, Tensor] = {}
@@ -482,9 +483,7 @@ def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "c
                f"tensor {name!r} where config.json has {expected.get(name)}; fetch a folder whose "
                "config.json and weights belong together")
 
-    if dtype is None:
-        on_gpu = torch.device(device).type == "cuda"
-        dtype = torch.bfloat16 if on_gpu else next(iter(tensors.values())).dtype
+    dtype = dtype or next(iter(tensors.values())).dtype
     backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     places = dict(zip(names, backbone.parameters()))
     for name in list(tensors):         # file by file: one leaves our memory before the next comes
