@@ -27,7 +27,7 @@ from eval_gsm8k import PROTOCOLS, Bench, Contestant, dial_problems  # noqa: E402
 from metastate import MetaState, load_checkpoint, preset  # noqa: E402
 from model import load_backbone, tiny_tokenizer  # noqa: E402
 from plot import spread  # noqa: E402
-from sample import Processes, run_program  # noqa: E402
+from sample import Processes, run_program, start_device  # noqa: E402
 
 PASSES = (1, 3, 5, 10, 20)
 QUOTAS = (20, 10, 5, 4)
@@ -139,28 +139,29 @@ VARIANTS = {
 def options_of(run: Path) -> argparse.Namespace:
     """train.py's options for a memory on the backbone of a finished run."""
     seed = load_checkpoint(run / "memory.pt")["settings"]["seed"]
-    sys.argv = ["train.py", "--seed", seed, "--device", "cpu"]
+    sys.argv = ["train.py", "--seed", seed]
     return train.arguments()
 
 
-def ablate(folder: Path, name: str) -> None:
+def ablate(folder: Path, name: str, device: torch.device, processes: Processes) -> None:
     variant = VARIANTS[name]
     args = options_of(folder)
     for key, value in variant.options.items():
         if key == "iters":                             # so many times the steps
             value *= args.iters
         setattr(args, key, value)
-    backbone = load_backbone(folder / "backbone")
+    backbone = load_backbone(folder / "backbone", device=device)
     tokenizer = tiny_tokenizer(train.WORDS)
     texts = train.find_texts(args)
     examples = train.tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
     gen_length = PROTOCOLS["dial"].settings["gen_length"]
-    run = train.Run(args, folder, examples, gen_length, Processes(0, 1), torch.device("cpu"))
+    run = train.Run(args, folder, examples, gen_length, processes, device)
 
     torch.manual_seed(args.seed)
     memory = variant.kind(replace(preset(backbone), **variant.fields))
     if variant.change:
         variant.change(memory)
+    memory.to(device)
     before = [p.detach().clone() for p in memory.parameters()]
     if variant.trained:
         path = folder / "ablations" / f"{name}.pt"
@@ -204,6 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
     parser.add_argument("--table", nargs="*", type=Path, help="print the table of RUN and these")
     args = parser.parse_args()
     unknown = [name for name in args.variants if name not in VARIANTS]
@@ -211,8 +213,9 @@ def main() -> None:
         parser.error(f"{unknown[0]!r} is none of: {', '.join(VARIANTS)}")
     if args.table is not None:
         return print_runs([args.run, *args.table])
+    device, processes = start_device(args.device)
     for name in args.variants or VARIANTS:
-        ablate(args.run, name)
+        ablate(args.run, name, device, processes)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_gsm8k  # noqa: E402
 import train  # noqa: E402
 from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
-from sample import SEED, Processes, run_program  # noqa: E402
+from sample import run_program, start_device  # noqa: E402
 
 NAMES = [" Ann", " Ben", " Eva", " Tom"]
 THINGS = [" pens", " nuts", " eggs", " coins"]
@@ -60,20 +60,20 @@ def problems(n: int, seed: int) -> list[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=SEED, default=0)
-    given = parser.parse_args()
-    sys.argv = ["train.py", "--seed", str(given.seed), "--device", "cpu"]
+    given, options = parser.parse_known_args()         # the others are train.py's
+    sys.argv = ["train.py", *options]
     args = train.arguments()
     args.max_length = 100
+    device, processes = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
     test, valid, rest = np.split(problems(41_500, seed=0), [1000, 1500])
     texts = [train.read_text(p) for p in rest]
     examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
-    run = train.Run(args, given.out, examples, LENGTH, Processes(0, 1), torch.device("cpu"))
+    run = train.Run(args, given.out, examples, LENGTH, processes, device)
     torch.manual_seed(args.seed)
-    backbone = Backbone(replace(TINY, n_layer=2))
+    backbone = Backbone(replace(TINY, n_layer=2)).to(device)
     train.train_backbone(run, backbone, WORDS)
     backbone.requires_grad_(False)
     memory = train.train_memory(run, backbone, run.out / "memory.pt", "keep")

@@ -4,28 +4,34 @@ The backbone is trained on problems of one to eight presses, one memory on one t
 as a control, on one to eight. Then whole answers of one to eight presses are written at once, after
 N passes without a word: does a memory go on with its look-ups when it is given more passes? The
 control tells what the slots can hold where they were trained to. Problems of three and more presses
-were seen by no training; of one and two there are too few (80 and 640) to leave some out. Options
-of train.py are taken, too, --seed and --backbone-iters above all.
+were seen by no training; of one and two there are too few (80 and 640) to leave some out. Where the
+words of an answer stand depends on how many there are, which one layer cannot find out: --layers.
+Options of train.py are taken, too, --seed and --backbone-iters above all.
 """
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
-from eval_gsm8k import BUTTONS, WORDS, Bench, Contestant, dial_problem  # noqa: E402
-from model import TINY, Backbone, tiny_tokenizer, write_atomically  # noqa: E402
-from sample import Processes, run_program  # noqa: E402
+from diffusion import Pass, generate  # noqa: E402
+from eval_gsm8k import (BUTTONS, PROTOCOLS, WORDS, Bench, Contestant, answer_text,  # noqa: E402
+                        dial_problem, prompt_ids)
+from metastate import MetaState  # noqa: E402
+from model import TINY, Backbone, Tokenizer, tiny_tokenizer, write_atomically  # noqa: E402
+from sample import COUNT, run_program, start_device  # noqa: E402
 
 LONGEST = 8
 TRAINED = 4
 LENGTH = 4 * LONGEST + 4               # of every canvas: the longest answer, its end and one more
-PASSES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+N_PASSES = 16
 
 
 def problems(n: int, longest: int, shortest: int, seed: int) -> list[dict[str, str]]:
@@ -38,13 +44,35 @@ def problems(n: int, longest: int, shortest: int, seed: int) -> list[dict[str, s
     return found
 
 
+def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, test: list[dict[str, str]],
+                  memory: MetaState | None) -> list[float]:
+    """Whole answers right if pass 1, 2, ... wrote them. One run tells all: over masks a pass does
+    the same whether it writes or not. The problems must be equally long."""
+    protocol = PROTOCOLS["dial"]
+    prompts = [prompt_ids(tokenizer, protocol, problem, []) for problem in test]
+    n_prompt = len(prompts[0])
+    shares = []
+
+    def score(canvas: Tensor, this_pass: Pass) -> None:
+        guesses = this_pass.guess[:, n_prompt:].tolist()
+        texts = [answer_text(tokenizer, guess, protocol.stops) for guess in guesses]
+        shares.append(float(np.mean([text == p["answer"] for text, p in zip(texts, test)])))
+
+    device = backbone.embedding.weight.device
+    generate(backbone, torch.tensor(prompts, device=device), memory=memory, gen_length=LENGTH,
+             think=N_PASSES - 1, steps=1, on_step=score)
+    return shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--layers", type=COUNT, default=2, help="of the backbone (%(default)s)")
     given, options = parser.parse_known_args()         # the others are train.py's
-    sys.argv = ["train.py", "--device", "cpu", *options]
+    sys.argv = ["train.py", *options]
     args = train.arguments()
     args.max_length = 100
+    device, processes = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
@@ -55,27 +83,29 @@ def main() -> None:
         texts = [train.read_text(p) for p in problems(30_000, longest, 1, seed=1)
                  if p["question"] not in held_out]
         examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
-        return train.Run(args, given.out, examples, LENGTH, Processes(0, 1), torch.device("cpu"))
+        return train.Run(args, given.out, examples, LENGTH, processes, device)
 
     torch.manual_seed(args.seed)
-    backbone = Backbone(TINY)
+    backbone = Backbone(replace(TINY, n_layer=given.layers)).to(device)
     train.train_backbone(run_on(LONGEST), backbone, WORDS)
     backbone.requires_grad_(False)
-    contestants = {"frozen": Contestant(None, "keep")}
+    memories = {"frozen": None}
     for longest in (TRAINED, LONGEST):
         run = run_on(longest)
-        memory = train.train_memory(run, backbone, given.out / f"memory-{longest}.pt", "keep")
-        contestants[f"memory trained on 1 to {longest}"] = Contestant(memory, "keep")
+        path = given.out / f"memory-{longest}.pt"
+        memories[f"memory trained on 1 to {longest}"] = train.train_memory(run, backbone, path,
+                                                                           "keep")
 
     table = {}
-    for name, who in contestants.items():
-        print(f"\n| {name}, presses | {' | '.join(f'N = {n}' for n in PASSES)} | a step a token |")
-        print("|---" * (len(PASSES) + 2) + "|")
+    header = " | ".join(f"N = {n}" for n in range(1, N_PASSES + 1))
+    for name, memory in memories.items():
+        print(f"\n| {name}, presses | {header} | a token a step |")
+        print("|---" * (N_PASSES + 2) + "|")
         for presses, test in tests.items():
-            bench = Bench(backbone, tokenizer, test, LENGTH)
-            schedules = [dict(think=n - 1, steps=1) for n in PASSES] + [dict(steps=LENGTH)]
-            values = [np.mean([row["whole"] for row in bench.score(who, **settings)])
-                      for settings in schedules]
+            values = whole_by_pass(backbone, tokenizer, test, memory)
+            rows = Bench(backbone, tokenizer, test, LENGTH).score(Contestant(memory, "keep"),
+                                                                  steps=LENGTH)
+            values.append(float(np.mean([row["whole"] for row in rows])))
             table[f"{name}, {presses}"] = values
             cells = " | ".join(f"{100 * x:.1f}" for x in values)
             print(f"| {presses} | {cells} |", flush=True)

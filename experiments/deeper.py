@@ -18,7 +18,7 @@ import train  # noqa: E402
 from eval_gsm8k import (BLOCK_LENGTHS, PROTOCOLS, QUOTA_STEPS, THRESHOLDS,  # noqa: E402
                         WORDS, Bench, Contestant, dial_problems)
 from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
-from sample import SEED, Processes, run_program  # noqa: E402
+from sample import run_program, start_device  # noqa: E402
 
 DEEPER = replace(TINY, n_layer=2, d_model=72, d_ff=224)
 
@@ -26,18 +26,18 @@ DEEPER = replace(TINY, n_layer=2, d_model=72, d_ff=224)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=SEED, default=0)
-    given = parser.parse_args()
-    sys.argv = ["train.py", "--seed", str(given.seed), "--device", "cpu"]
+    given, options = parser.parse_known_args()         # the others are train.py's
+    sys.argv = ["train.py", *options]
     args = train.arguments()
+    device, processes = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
     length = PROTOCOLS["dial"].settings["gen_length"]
     examples = train.tokenise(train.find_texts(args), tokenizer, TINY.eos_id, args.max_length)
-    run = train.Run(args, given.out, examples, length, Processes(0, 1), torch.device("cpu"))
+    run = train.Run(args, given.out, examples, length, processes, device)
     torch.manual_seed(args.seed)
-    backbone = Backbone(DEEPER)
+    backbone = Backbone(DEEPER).to(device)
     train.train_backbone(run, backbone, WORDS)
     backbone.requires_grad_(False)
     print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters")
