@@ -4,14 +4,13 @@ The backbone is trained on problems of one to eight presses, one memory on one t
 as a control, on one to eight. Then whole answers of one to eight presses are written at once, after
 N passes without a word: does a memory go on with its look-ups when it is given more passes? The
 control tells what the slots can hold where they were trained to. Problems of three and more presses
-were seen by no training; of one and two there are too few (80 and 640) to leave some out. Where the
-words of an answer stand depends on how many there are, which one layer cannot find out: --layers.
-Options of train.py are taken, too, --seed and --backbone-iters above all.
+were seen by no training; of one and two there are too few (80 and 640) to leave some out. Dots fill
+every question up to one length, so that a press stands as far from its place in the answer whatever
+their number: one layer cannot count. Options of train.py are taken, too.
 """
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from eval_gsm8k import (BUTTONS, PROTOCOLS, WORDS, Bench, Contestant, answer_tex
                         dial_problem, prompt_ids)
 from metastate import MetaState  # noqa: E402
 from model import TINY, Backbone, Tokenizer, tiny_tokenizer, write_atomically  # noqa: E402
-from sample import COUNT, run_program, start_device  # noqa: E402
+from sample import run_program, start_device  # noqa: E402
 
 LONGEST = 8
 TRAINED = 4
@@ -40,14 +39,16 @@ def problems(n: int, longest: int, shortest: int, seed: int) -> list[dict[str, s
     found = []
     for _ in range(n):
         pressed = rng.integers(len(BUTTONS), size=rng.integers(shortest, longest + 1)).tolist()
-        found.append(dial_problem(int(rng.integers(10)), pressed))
+        new = dial_problem(int(rng.integers(10)), pressed)
+        new["question"] += "." * 4 * (LONGEST - len(pressed))  # a press has four tokens
+        found.append(new)
     return found
 
 
 def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, test: list[dict[str, str]],
                   memory: MetaState | None) -> list[float]:
     """Whole answers right if pass 1, 2, ... wrote them. One run tells all: over masks a pass does
-    the same whether it writes or not. The problems must be equally long."""
+    the same whether it writes or not."""
     protocol = PROTOCOLS["dial"]
     prompts = [prompt_ids(tokenizer, protocol, problem, []) for problem in test]
     n_prompt = len(prompts[0])
@@ -67,7 +68,6 @@ def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, test: list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=COUNT, default=2, help="of the backbone (%(default)s)")
     given, options = parser.parse_known_args()         # the others are train.py's
     sys.argv = ["train.py", *options]
     args = train.arguments()
@@ -86,7 +86,7 @@ def main() -> None:
         return train.Run(args, given.out, examples, LENGTH, processes, device)
 
     torch.manual_seed(args.seed)
-    backbone = Backbone(replace(TINY, n_layer=given.layers)).to(device)
+    backbone = Backbone(TINY).to(device)
     train.train_backbone(run_on(LONGEST), backbone, WORDS)
     backbone.requires_grad_(False)
     memories = {"frozen": None}

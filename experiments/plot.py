@@ -1,8 +1,9 @@
 """The README's pictures and tables from finished runs: python experiments/plot.py out/seed0 [...]
 
 Draws assets/thinking.png, schedules.png and loss.png: means over the runs, bars from the lowest to
-the highest. Prints the same numbers as tables. Needs matplotlib, for this script only; --table
-prints and draws nothing, and does without.
+the highest. Prints the same numbers as tables. With --chains a run of chains.py becomes
+assets/chains.png, too. Needs matplotlib, for this script only; --table prints and draws nothing,
+and does without.
 """
 import argparse
 import json
@@ -135,15 +136,31 @@ def draw_losses(axes, runs: list[Path]) -> None:
     axes[0].legend()
 
 
-def draw(runs: list[Path], tables: list[dict]) -> None:
+def draw_chains(axes, table: dict[str, list[float]]) -> None:
+    """One curve for each number of presses: it climbs after as many passes."""
+    for axis, longest in zip(axes, (4, 8)):
+        name = f"memory trained on 1 to {longest}"
+        for presses in range(1, 9):
+            right = 100 * np.array(table[f"{name}, {presses}"][:-1])   # the last is by quota
+            axis.plot(range(1, len(right) + 1), right, "o-", ms=3, color=f"C{presses - 1}",
+                      label=presses)
+        axis.set_title(f"{name} presses", size=10)
+        axis.set_xlabel("passes over an answer of nothing but masks")
+    axes[0].set_ylabel("whole answers right (%)")
+    axes[1].legend(title="presses", fontsize=8, title_fontsize=8, loc="lower right")
+
+
+def draw(runs: list[Path], tables: list[dict], chains: dict | None) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    for name, n_axes, function, data in (
-            ("thinking.png", 1, draw_thinking, tables),
-            ("schedules.png", 1, draw_schedules, tables),
-            ("loss.png", 2, draw_losses, runs)):
+    pictures = [("thinking.png", 1, draw_thinking, tables),
+                ("schedules.png", 1, draw_schedules, tables),
+                ("loss.png", 2, draw_losses, runs)]
+    if chains:
+        pictures.append(("chains.png", 2, draw_chains, chains))
+    for name, n_axes, function, data in pictures:
         figure, axes = plt.subplots(1, n_axes, figsize=(7 + n_axes, 3.6), sharey=True)
         function(axes, data)
         figure.tight_layout()
@@ -160,6 +177,7 @@ def losses(run: Path, name: str) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--chains", type=Path, metavar="FOLDER", help="a run of chains.py")
     parser.add_argument("--table", action="store_true", help="print only")
     args = parser.parse_args()
     tables = [json.loads((run / "tables.json").read_text()) for run in args.runs]
@@ -168,7 +186,8 @@ def main() -> None:
     print_differences(tables, "5")
     print_schedules(tables)
     if not args.table:
-        draw(args.runs, tables)
+        chains = json.loads((args.chains / "chains.json").read_text()) if args.chains else None
+        draw(args.runs, tables, chains)
 
 
 if __name__ == "__main__":
