@@ -143,7 +143,7 @@ def options_of(run: Path) -> argparse.Namespace:
     return train.arguments()
 
 
-def ablate(folder: Path, name: str, device: torch.device, processes: Processes) -> None:
+def ablate(folder: Path, name: str, device: torch.device) -> None:
     variant = VARIANTS[name]
     args = options_of(folder)
     for key, value in variant.options.items():
@@ -155,7 +155,7 @@ def ablate(folder: Path, name: str, device: torch.device, processes: Processes) 
     texts = train.find_texts(args)
     examples = train.tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
     gen_length = PROTOCOLS["dial"].settings["gen_length"]
-    run = train.Run(args, folder, examples, gen_length, processes, device)
+    run = train.Run(args, folder, examples, gen_length, Processes(0, 1), device)
 
     torch.manual_seed(args.seed)
     memory = variant.kind(replace(preset(backbone), **variant.fields))
@@ -168,7 +168,7 @@ def ablate(folder: Path, name: str, device: torch.device, processes: Processes) 
         train.fit_memory(run, backbone, memory, path, variant.carry)
     else:
         memory.load_state_dict(load_checkpoint(folder / "memory.pt")["model"])
-    # what no gradient reaches stays as it was
+    # what no gradient reaches stays as it was; a gradient of zero leaves it to weight decay
     trained = [p for p, b in zip(memory.parameters(), before) if not torch.equal(p, b)]
 
     bench = Bench(backbone, tokenizer, dial_problems("valid", 1000), gen_length)
@@ -213,9 +213,9 @@ def main() -> None:
         parser.error(f"{unknown[0]!r} is none of: {', '.join(VARIANTS)}")
     if args.table is not None:
         return print_runs([args.run, *args.table])
-    device, processes = start_device(args.device)
+    device, _ = start_device(args.device)
     for name in args.variants or VARIANTS:
-        ablate(args.run, name, device, processes)
+        ablate(args.run, name, device)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Word problems with two to four sums below 21, put and answered as GSM8K's are; tokens are words and
 numbers. A backbone of two layers is trained on them, then the memory and its memoryless control
 with the settings of train.py, and train.py's two tables are printed for 1,000 test problems.
+train.py's --seed, --device, --resume and options of training may follow.
 """
 import argparse
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_gsm8k  # noqa: E402
 import train  # noqa: E402
 from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
-from sample import run_program, start_device  # noqa: E402
+from sample import Processes, run_program, start_device  # noqa: E402
 
 NAMES = [" Ann", " Ben", " Eva", " Tom"]
 THINGS = [" pens", " nuts", " eggs", " coins"]
@@ -64,14 +65,14 @@ def main() -> None:
     sys.argv = ["train.py", *options]
     args = train.arguments()
     args.max_length = 100
-    device, processes = start_device(args.device)
+    device, _ = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
     test, valid, rest = np.split(problems(41_500, seed=0), [1000, 1500])
     texts = [train.read_text(p) for p in rest]
     examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
-    run = train.Run(args, given.out, examples, LENGTH, processes, device)
+    run = train.Run(args, given.out, examples, LENGTH, Processes(0, 1), device)
     torch.manual_seed(args.seed)
     backbone = Backbone(replace(TINY, n_layer=2)).to(device)
     train.train_backbone(run, backbone, WORDS)

@@ -6,7 +6,8 @@ N passes without a word: does a memory go on with its look-ups when it is given 
 control tells what the slots can hold where they were trained to. Problems of three and more presses
 were seen by no training; of one and two there are too few (80 and 640) to leave some out. Dots fill
 every question up to one length, so that a press stands as far from its place in the answer whatever
-their number: one layer cannot count. Options of train.py are taken, too.
+their number; without them one layer did not learn the words. train.py's --seed, --device, --resume
+and options of training may follow.
 """
 import argparse
 import json
@@ -25,7 +26,7 @@ from eval_gsm8k import (BUTTONS, PROTOCOLS, WORDS, Bench, Contestant, answer_tex
                         dial_problem, prompt_ids)
 from metastate import MetaState  # noqa: E402
 from model import TINY, Backbone, Tokenizer, tiny_tokenizer, write_atomically  # noqa: E402
-from sample import run_program, start_device  # noqa: E402
+from sample import Processes, run_program, start_device  # noqa: E402
 
 LONGEST = 8
 TRAINED = 4
@@ -72,7 +73,7 @@ def main() -> None:
     sys.argv = ["train.py", *options]
     args = train.arguments()
     args.max_length = 100
-    device, processes = start_device(args.device)
+    device, _ = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
@@ -83,7 +84,7 @@ def main() -> None:
         texts = [train.read_text(p) for p in problems(30_000, longest, 1, seed=1)
                  if p["question"] not in held_out]
         examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
-        return train.Run(args, given.out, examples, LENGTH, processes, device)
+        return train.Run(args, given.out, examples, LENGTH, Processes(0, 1), device)
 
     torch.manual_seed(args.seed)
     backbone = Backbone(TINY).to(device)

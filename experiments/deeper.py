@@ -1,8 +1,9 @@
-"""A deeper frozen backbone instead of a memory: python experiments/deeper.py out/deeper [--seed 0]
+"""A deeper frozen backbone instead of a memory: python experiments/deeper.py out/deeper
 
 Two layers, and as many parameters as the tiny backbone of train.py and its memory together, trained
 on the same problems in the same way. Printed: whole answers after N passes without a word, which
 cannot depend on N, and final results by quota, blocks and threshold, on the validation problems.
+train.py's --seed, --device, --resume and options of training may follow.
 """
 import argparse
 import sys
@@ -18,7 +19,7 @@ import train  # noqa: E402
 from eval_gsm8k import (BLOCK_LENGTHS, PROTOCOLS, QUOTA_STEPS, THRESHOLDS,  # noqa: E402
                         WORDS, Bench, Contestant, dial_problems)
 from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
-from sample import run_program, start_device  # noqa: E402
+from sample import Processes, run_program, start_device  # noqa: E402
 
 DEEPER = replace(TINY, n_layer=2, d_model=72, d_ff=224)
 
@@ -29,13 +30,13 @@ def main() -> None:
     given, options = parser.parse_known_args()         # the others are train.py's
     sys.argv = ["train.py", *options]
     args = train.arguments()
-    device, processes = start_device(args.device)
+    device, _ = start_device(args.device)
     train.check_options(args, given.out)
 
     tokenizer = tiny_tokenizer(WORDS)
     length = PROTOCOLS["dial"].settings["gen_length"]
     examples = train.tokenise(train.find_texts(args), tokenizer, TINY.eos_id, args.max_length)
-    run = train.Run(args, given.out, examples, length, processes, device)
+    run = train.Run(args, given.out, examples, length, Processes(0, 1), device)
     torch.manual_seed(args.seed)
     backbone = Backbone(DEEPER).to(device)
     train.train_backbone(run, backbone, WORDS)

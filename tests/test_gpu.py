@@ -1,4 +1,4 @@
-"""On a GPU everything gives what it gives on a CPU, up to the order of sums."""
+"""On a GPU everything gives nearly what it gives on a CPU."""
 import copy
 import json
 
