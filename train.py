@@ -35,8 +35,8 @@ from diffusion import diffusion_loss, unroll
 from eval_gsm8k import (PROTOCOLS, WORDS, Bench, contestants, dial_problems, gsm8k_file, read_jsonl,
                         schedule_table, thinking_table)
 from metastate import MetaState, load_checkpoint, preset, save_checkpoint
-from model import (PRESETS, TINY, Backbone, Tokenizer, blame, cache_folder, check_output, ensure,
-                   fetch_json, fetched, load_backbone, load_tokenizer, locked, read_config,
+from model import (PRESETS, TINY, Backbone, Config, Tokenizer, blame, cache_folder, check_output,
+                   ensure, fetch_json, fetched, load_backbone, load_tokenizer, locked, read_config,
                    save_backbone, tiny_tokenizer, write_atomically)
 from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
                     between, run_program, start_device)
@@ -428,7 +428,8 @@ class Default(NamedTuple):
         return f"{self.tiny} for tiny, else {self.large}"
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, from a list of them or the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument_group("run").add_argument
     add("--init", default="tiny", help=f"{', '.join(PRESETS)}, or a checkpoint folder")
@@ -477,7 +478,7 @@ def arguments() -> argparse.Namespace:
     add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")
     add("--problems", type=COUNT_OR_ZERO, default=1000, help="0: no tables (%(default)s)")
 
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, Default):
             setattr(args, name, value.tiny if args.init == "tiny" else value.large)
@@ -521,14 +522,17 @@ def find_texts(args: argparse.Namespace) -> list[Text]:
     return read_texts(gsm8k_file("train.jsonl") if args.data == "gsm8k" else Path(args.data))
 
 
-def train_backbone(run: Run, backbone: Backbone, words: list[str]) -> None:
-    """Train a tiny backbone in place, as LLaDA is, and save it as a checkpoint folder."""
+def train_backbone(run: Run, config: Config, words: list[str]) -> Backbone:
+    """A new tiny backbone, trained as LLaDA is, saved as a checkpoint folder, then frozen."""
     args = run.args
-    batches = Batches(run, args.backbone_batch, backbone.config.pad_id)
+    torch.manual_seed(args.seed)
+    backbone = Backbone(config).to(run.device)
+    batches = Batches(run, args.backbone_batch, config.pad_id)
     fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt", iters=args.backbone_iters,
         lr=args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
     if run.processes.rank == 0:
         save_backbone(backbone, run.out / "backbone", words)
+    return backbone.requires_grad_(False)
 
 
 def fit_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path, carry: str) -> None:
@@ -572,10 +576,7 @@ def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, proces
     run = Run(args, out, examples, gen_length, processes, device)
 
     # 1. a backbone of our own, then frozen
-    torch.manual_seed(args.seed)
-    backbone = Backbone(TINY).to(device)
-    train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False)
+    backbone = train_backbone(run, TINY, WORDS)
     if args.compile:
         backbone.compile_layers()
 

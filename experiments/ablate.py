@@ -139,8 +139,7 @@ VARIANTS = {
 def options_of(run: Path) -> argparse.Namespace:
     """train.py's options for a memory on the backbone of a finished run."""
     seed = load_checkpoint(run / "memory.pt")["settings"]["seed"]
-    sys.argv = ["train.py", "--seed", seed]
-    return train.arguments()
+    return train.arguments(["--seed", seed])
 
 
 def ablate(folder: Path, name: str, device: torch.device) -> None:

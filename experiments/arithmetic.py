@@ -11,13 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import eval_gsm8k  # noqa: E402
 import train  # noqa: E402
-from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
+from model import TINY, tiny_tokenizer  # noqa: E402
 from sample import Processes, run_program, start_device  # noqa: E402
 
 NAMES = [" Ann", " Ben", " Eva", " Tom"]
@@ -62,8 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     given, options = parser.parse_known_args()         # the others are train.py's
-    sys.argv = ["train.py", *options]
-    args = train.arguments()
+    args = train.arguments(options)
     args.max_length = 100
     device, _ = start_device(args.device)
     train.check_options(args, given.out)
@@ -73,10 +71,7 @@ def main() -> None:
     texts = [train.read_text(p) for p in rest]
     examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
     run = train.Run(args, given.out, examples, LENGTH, Processes(0, 1), device)
-    torch.manual_seed(args.seed)
-    backbone = Backbone(replace(TINY, n_layer=2)).to(device)
-    train.train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False)
+    backbone = train.train_backbone(run, replace(TINY, n_layer=2), WORDS)
     memory = train.train_memory(run, backbone, run.out / "memory.pt", "keep")
     memoryless = train.train_memory(run, backbone, run.out / "memoryless.pt", "reset")
 

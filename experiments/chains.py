@@ -70,8 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     given, options = parser.parse_known_args()         # the others are train.py's
-    sys.argv = ["train.py", *options]
-    args = train.arguments()
+    args = train.arguments(options)
     args.max_length = 100
     device, _ = start_device(args.device)
     train.check_options(args, given.out)
@@ -86,10 +85,7 @@ def main() -> None:
         examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
         return train.Run(args, given.out, examples, LENGTH, Processes(0, 1), device)
 
-    torch.manual_seed(args.seed)
-    backbone = Backbone(TINY).to(device)
-    train.train_backbone(run_on(LONGEST), backbone, WORDS)
-    backbone.requires_grad_(False)
+    backbone = train.train_backbone(run_on(LONGEST), TINY, WORDS)
     memories = {"frozen": None}
     for longest in (TRAINED, LONGEST):
         run = run_on(longest)
@@ -102,13 +98,14 @@ def main() -> None:
     for name, memory in memories.items():
         print(f"\n| {name}, presses | {header} | a token a step |")
         print("|---" * (N_PASSES + 2) + "|")
+        table[name] = {}
         for presses, test in tests.items():
-            values = whole_by_pass(backbone, tokenizer, test, memory)
+            by_pass = whole_by_pass(backbone, tokenizer, test, memory)
             rows = Bench(backbone, tokenizer, test, LENGTH).score(Contestant(memory, "keep"),
                                                                   steps=LENGTH)
-            values.append(float(np.mean([row["whole"] for row in rows])))
-            table[f"{name}, {presses}"] = values
-            cells = " | ".join(f"{100 * x:.1f}" for x in values)
+            one_by_one = float(np.mean([row["whole"] for row in rows]))
+            table[name][presses] = {"by_pass": by_pass, "one_by_one": one_by_one}
+            cells = " | ".join(f"{100 * x:.1f}" for x in [*by_pass, one_by_one])
             print(f"| {presses} | {cells} |", flush=True)
     write_atomically(given.out / "chains.json", json.dumps(table).encode())
 

@@ -11,14 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train  # noqa: E402
 from eval_gsm8k import (BLOCK_LENGTHS, PROTOCOLS, QUOTA_STEPS, THRESHOLDS,  # noqa: E402
                         WORDS, Bench, Contestant, dial_problems)
-from model import TINY, Backbone, tiny_tokenizer  # noqa: E402
+from model import TINY, tiny_tokenizer  # noqa: E402
 from sample import Processes, run_program, start_device  # noqa: E402
 
 DEEPER = replace(TINY, n_layer=2, d_model=72, d_ff=224)
@@ -28,8 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     given, options = parser.parse_known_args()         # the others are train.py's
-    sys.argv = ["train.py", *options]
-    args = train.arguments()
+    args = train.arguments(options)
     device, _ = start_device(args.device)
     train.check_options(args, given.out)
 
@@ -37,10 +35,7 @@ def main() -> None:
     length = PROTOCOLS["dial"].settings["gen_length"]
     examples = train.tokenise(train.find_texts(args), tokenizer, TINY.eos_id, args.max_length)
     run = train.Run(args, given.out, examples, length, Processes(0, 1), device)
-    torch.manual_seed(args.seed)
-    backbone = Backbone(DEEPER).to(device)
-    train.train_backbone(run, backbone, WORDS)
-    backbone.requires_grad_(False)
+    backbone = train.train_backbone(run, DEEPER, WORDS)
     print(f"{sum(p.numel() for p in backbone.parameters()):,} parameters")
 
     bench = Bench(backbone, tokenizer, dial_problems("valid", 1000), length)

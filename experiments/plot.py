@@ -136,14 +136,13 @@ def draw_losses(axes, runs: list[Path]) -> None:
     axes[0].legend()
 
 
-def draw_chains(axes, table: dict[str, list[float]]) -> None:
+def draw_chains(axes, table: dict[str, dict]) -> None:
     """One curve for each number of presses: it climbs after as many passes."""
-    for axis, longest in zip(axes, (4, 8)):
-        name = f"memory trained on 1 to {longest}"
-        for presses in range(1, 9):
-            right = 100 * np.array(table[f"{name}, {presses}"][:-1])   # the last is by quota
-            axis.plot(range(1, len(right) + 1), right, "o-", ms=3, color=f"C{presses - 1}",
-                      label=presses)
+    memories = [name for name in table if name != "frozen"]
+    for axis, name in zip(axes, memories):
+        for presses, found in table[name].items():
+            right = 100 * np.array(found["by_pass"])
+            axis.plot(range(1, len(right) + 1), right, "o-", ms=3, label=presses)
         axis.set_title(f"{name} presses", size=10)
         axis.set_xlabel("passes over an answer of nothing but masks")
     axes[0].set_ylabel("whole answers right (%)")
