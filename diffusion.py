@@ -1,11 +1,11 @@
 """Masked diffusion: the losses that train backbone and memory, and the sampler.
 
 Backbone loss: LLaDA (arXiv 2502.09992) eq. 3 and its SFT form. Memory loss: MetaState's K-step
-unrolling, as restated in PUMBA's eq. F.1. Sampler: LLaDA's generate.py, Dream's diffusion_generate
-and the threshold of Fast-dLLM (arXiv 2505.22618) are one loop, generate, with a few small functions
-below it for what they do differently. Departures from the originals: no mask is ever written,
-confidences are float32, Dream's counts are taken by row, and end-of-text can be held back at every
-temperature.
+unrolling, as restated in PUMBA's eq. F.1 (arXiv 2609.37974). Sampler: LLaDA's generate.py, Dream's
+diffusion_generate, and the threshold and dual cache of Fast-dLLM (arXiv 2505.22618) are one loop,
+generate, with a few small functions below it for what they do differently. Departures from the
+originals: no mask is ever written, confidences are float32, Dream's counts are taken by row, and
+end-of-text can be held back at every temperature.
 """
 from dataclasses import dataclass
 from itertools import count
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metastate import MetaState
+from metastate import MetaState, masked_fraction
 from model import Backbone, Config, ensure, recomputed
 
 # -------------------------------------------------------------------------------------- LOSSES
@@ -23,8 +23,9 @@ from model import Backbone, Config, ensure, recomputed
 
 def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 256
                   ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (N,) of picked h (N, D), and the log of the highest probability (N,). With
-    backbone.recompute there are never more logits than (chunk, V), nor in the backward pass."""
+    """Of picked h (N, D): the cross-entropy with targets (N,), and the log of the highest
+    probability, both (N,). With backbone.recompute there are never more logits than (chunk, V), nor
+    in the backward pass."""
 
     def score(h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_p = backbone.head(h).float().log_softmax(-1)               # (chunk, V)
@@ -46,8 +47,8 @@ def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor,
     masked = maskable & (noise < p)                                    # (B, T)
     # masked takes the low end of the noise, what is scored though visible the high end
     scored = masked | (maskable & (noise > 1 - visible_share))         # (B, T)
-    h, context = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))
-    h = backbone.run(h, context, 0, len(backbone.layers))              # (B, T, D)
+    h = backbone.embed(ids.masked_fill(masked, backbone.config.mask_id))       # (B, T, D)
+    h = backbone.run(h, backbone.context(ids))                         # (B, T, D)
     ce, _ = cross_entropy(backbone, backbone.pick(h, scored), ids[scored])     # (N,)
     weight = torch.where(masked, 1 / p, 1.0)                           # (B, T)
     weight = weight / maskable.sum(1, keepdim=True)
@@ -86,31 +87,36 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
 
     dense_k averages the cross-entropy over what is masked at step k, reveal_k over what is revealed
     there. ids, maskable, noise (B, T); counts (B, K): n_k, in sum the row's maskable positions;
-    by_confidence (B,) bool: rows that reveal where the model is surest, not at random; carry: see
-    CARRY. think: passes over the unwritten answer before step 1, whose slots the unroll begins
-    with, so that a memory learns to keep what it knows for longer than K steps. With reset nothing
-    would come of them.
+    by_confidence (B,) bool: rows that reveal where the model is surest (ours), not at random;
+    carry: see CARRY. think (ours): passes over the unwritten answer before step 1, whose slots the
+    unroll begins with, so that a memory learns to keep what it knows for longer than K steps. With
+    reset nothing would come of them.
     Returns the mean of L over rows, and that of dense_k for each k, (K,).
     """
     mask_id = backbone.config.mask_id
-    masked = maskable                                                  # (B, T)
+    context = backbone.context(ids)
+    anchors = memory.anchors(maskable)
     slots = memory.initial(len(ids))                                   # (B, M, d)
-    if carry != "reset":
-        unwritten = ids.masked_fill(maskable, mask_id)                 # (B, T)
-        with torch.no_grad():          # progressive training: no gradient through these passes
-            for _ in range(think):
-                _, slots = memory.step(backbone, unwritten, slots, maskable=maskable,
-                                       wanted=maskable)
+
+    def step(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """One step over a canvas with these positions (B, T) masked: h (B, T, D), new slots."""
+        canvas = ids.masked_fill(masked, mask_id)                      # (B, T)
+        t = masked_fraction(canvas, maskable, mask_id)                 # (B,)
+        return memory.step(backbone, canvas, slots, t=t, anchors=anchors, context=context)
+
+    with torch.no_grad():              # progressive training: no gradient through these passes
+        for _ in range(0 if carry == "reset" else think):
+            _, slots = step(maskable, slots)
 
     loss = 0.0
     dense_by_step = []
+    masked = maskable                                                  # (B, T)
     for k in range(counts.shape[1]):
         # 1. denoise with the memory of the step before
-        canvas = ids.masked_fill(masked, mask_id)                      # (B, T)
-        h, slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=masked)
+        h, slots = step(masked, slots)                                 # (B, T, D), (B, M, d)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
-        ce, confidence = cross_entropy(backbone, h, ids[masked])       # (N,) both
+        ce, confidence = cross_entropy(backbone, backbone.pick(h, masked), ids[masked])    # (N,)
         ce = spread(ce, masked)                                        # (B, T)
         confidence = spread(confidence, masked)                        # (B, T)
 
@@ -140,10 +146,12 @@ class Sampling:
     gen_length: int = 128              # tokens of the answer; 0: only the masks in the prompt
     steps: int = 128                   # passes that reveal, shared out evenly over the blocks
     block_length: int | None = None    # the answer is written block by block; None: all at once
+    cache: bool = False                # Fast-dLLM's dual cache: after the first pass of a block only
+                                       # the block is run, the rest is as it was then
     think: int = 0                     # passes before the first token, which change the memory only
     threshold: float | None = None     # instead of steps: reveal every token with at least this
                                        # confidence, in as many passes as that takes
-    remasking: str = "low_confidence"  # how the tokens to reveal are chosen
+    remasking: str = "low_confidence"  # how the tokens to reveal are chosen, see REMASKING below
     temperature: float = 0.0
     top_p: float | None = None         # Dream: the smallest set of tokens with this probability
     top_k: int | None = None           # Dream: the k likeliest tokens
@@ -169,6 +177,8 @@ class Sampling:
                f"threshold needs probabilities, which remasking {self.remasking!r} does not give")
         ensure(self.threshold is None or self.alg_temp == 0,
                "threshold and alg_temp both say what to reveal; give one of them")
+        ensure(self.block_length or not self.cache,
+               "cache keeps what stands outside a block; give block_length")
 
     @property
     def n_blocks(self) -> int:
@@ -179,8 +189,8 @@ class Sampling:
         return self.steps // self.n_blocks
 
 
-class Pass(NamedTuple):
-    """What on_step is told beside the canvas."""
+class Report(NamedTuple):
+    """What on_step is told of a pass beside the canvas."""
     eligible: Tensor                   # (B, T) bool: what this pass could have revealed
     revealed: Tensor                   # (B, T) bool: what it did reveal
     guess: Tensor                      # (B, T): the canvas with what it would write where eligible
@@ -192,69 +202,82 @@ class Pass(NamedTuple):
 def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None = None,
              carry: str = "keep", attention_mask: Tensor | None = None,
              answer_start: int | None = None, seeds: Sequence[int] | None = None,
-             on_step: Callable[[Tensor, Pass], None] | None = None, **settings) -> Tensor:
+             on_step: Callable[[Tensor, Report], None] | None = None, **settings) -> Tensor:
     """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
 
     settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see CARRY.
     answer_start: where the answer begins, if some of it stands in prompt_ids already. seeds (B,):
-    of every row's own random stream, by default 0 .. B - 1. No row depends on the others, on
-    padding or on the batch. on_step(canvas, pass) sees every pass.
+    of every row's own random stream, by default 0 .. B - 1. In float32 no row depends on the
+    others, on padding or on the batch. on_step(canvas, report) sees every pass.
     """
-    s = Sampling(**settings)
+    sampling = Sampling(**settings)
     c = backbone.config
     B, P = prompt_ids.shape
-    ensure(carry != "shuffle" or (B > 1 and s.cfg_scale == 0), "carry = shuffle exchanges memories "
-           "between the samples of a batch; give two or more, and no guidance")
-    canvas = F.pad(prompt_ids, (0, s.gen_length), value=c.mask_id)     # (B, T), T = P + gen_length
+    check_fit(sampling, c, carry, prompt_ids)
+    canvas = F.pad(prompt_ids, (0, sampling.gen_length), value=c.mask_id)      # (B, T)
     if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (0, s.gen_length), value=1)
-    maskable = canvas == c.mask_id                                     # (B, T)
+        attention_mask = F.pad(attention_mask, (0, sampling.gen_length), value=1)
+    maskable = canvas == c.mask_id                                     # (B, T), T = P + gen_length
     if answer_start is not None:       # the memory's anchors and time are those of a whole answer
         maskable[:, answer_start:] = True
-    slots = None
-    if memory:
-        slots = memory.initial(2 * B if s.cfg_scale > 0 else B)        # (B, M, d), see denoise
+    trajectory = Trajectory(backbone, memory, sampling, maskable, attention_mask)
+    slots = memory.initial(len(trajectory.maskable)) if memory else None       # (B, M, d)
     generators = [torch.Generator(canvas.device).manual_seed(seed)
                   for seed in (range(B) if seeds is None else seeds)]
-    propose, select = REMASKING[s.remasking]
-    if s.threshold is not None:
-        select = select_above_threshold
+    propose, _ = REMASKING[sampling.remasking]
 
-    for block in range(s.n_blocks):
-        end = P + (block + 1) * (s.gen_length // s.n_blocks)
-        n_begin = (canvas[:, :end] == c.mask_id).sum(1)                # (B,)
-        for step in count(-s.think if block == 0 else 0):              # below 0: think
+    block_length = sampling.gen_length // sampling.n_blocks
+    for i in range(sampling.n_blocks):
+        block = slice(P + i * block_length, P + (i + 1) * block_length)        # its columns
+        n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)                # (B,)
+        for step in count(-sampling.think if i == 0 else 0):       # below 0: think
             eligible = canvas == c.mask_id                             # (B, T)
-            eligible[:, end:] = False
-            steps_are_over = step == s.steps_per_block and s.threshold is None
+            eligible[:, block.stop:] = False
+            steps_are_over = step == sampling.steps_per_block and sampling.threshold is None
             if steps_are_over or not eligible.any():
                 break
-            turn = Turn(eligible, n_begin, step, s, c, generators)
+            state = SamplerState(eligible, n_begin, step, block, sampling, c, generators)
+
             # 1. write, run, read, update: one pass of the backbone and its memory
-            logits, slots = denoise(backbone, memory, canvas, slots, maskable, attention_mask,
-                                    turn)                              # (N, V), (B, M, d)
+            logits, slots = trajectory.denoise(canvas, slots, state)   # (N, V), (B, M, d)
+
             # 2. a token for every eligible position, and how sure the model is of it
-            tokens, confidence = propose(logits, turn)                 # (N,) both
+            tokens, confidence = propose(logits, state)                # (N,) both
             guess = canvas.masked_scatter(eligible, tokens)            # (B, T)
             confidence = spread(confidence, eligible)                  # (B, T)
+
             # 3. which of them to reveal: none while the memory thinks
-            revealed = torch.zeros_like(eligible)                      # (B, T)
-            if step >= 0:
-                revealed = select(confidence, turn)
+            revealed = reveal(confidence, state)                       # (B, T)
+
             # 4. reveal them; what is written stays
             canvas = torch.where(revealed, guess, canvas)
             if on_step:
-                on_step(canvas, Pass(eligible, revealed, guess, confidence, slots))
+                on_step(canvas, Report(eligible, revealed, guess, confidence, slots))
             if memory:
                 slots = CARRY[carry](memory, slots)
     return canvas
 
 
-class Turn(NamedTuple):
+def check_fit(sampling: Sampling, c: Config, carry: str, prompt_ids: Tensor) -> None:
+    """Raise InputError for settings that do not fit this model, batch or prompt."""
+    ensure(carry != "shuffle" or (len(prompt_ids) > 1 and sampling.cfg_scale == 0), "carry = shuffle "
+           "exchanges memories between the samples of a batch; give two or more, and no guidance")
+    if sampling.cache:
+        ensure(not (prompt_ids == c.mask_id).any(), "cache runs the block alone, and the prompt has "
+               "masks to fill; give no cache")
+        counts_by_step = sampling.remasking in ("low_confidence", "random")
+        ensure(not c.shift or sampling.threshold is not None
+               or (sampling.steps_per_block > 1 and not counts_by_step), "under cache Dream's first "
+               "pass of a block reveals its first token only; give threshold, or one of its own "
+               "ways of remasking with two steps or more for a block")
+
+
+class SamplerState(NamedTuple):
     """Where the sampler stands in one pass: all that its small functions need to know."""
     eligible: Tensor                   # (B, T) bool, N of them True
     n_begin: Tensor                    # (B,): how many were masked when the block began
     step: int                          # of the block; below 0 while the memory thinks
+    block: slice                       # its columns of the canvas
     sampling: Sampling
     config: Config
     generators: list[torch.Generator]  # one for each row, so that none depends on its batch
@@ -270,87 +293,110 @@ class Turn(NamedTuple):
         return -torch.log(-torch.log(self.uniform(width, dtype)))
 
 
-def denoise(backbone: Backbone, memory: MetaState | None, canvas: Tensor, slots: Tensor | None,
-            maskable: Tensor, attention_mask: Tensor | None, turn: Turn
-            ) -> tuple[Tensor, Tensor | None]:
-    """Logits (N, V) of the eligible positions, and the new slots. With guidance a second copy of
-    the batch, with a memory of its own, sees no prompt."""
-    s, c, eligible = turn.sampling, turn.config, turn.eligible
-    guided = s.cfg_scale > 0
-    if guided:
-        canvas = torch.cat((canvas, canvas.masked_fill(~maskable, c.mask_id)))     # (2 B, T)
-        maskable, eligible = maskable.repeat(2, 1), eligible.repeat(2, 1)
-        attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    if memory is None:
-        logits = backbone(canvas, attention_mask, eligible)            # (N, V)
-    else:
-        h, new_slots = memory.step(backbone, canvas, slots, maskable=maskable, wanted=eligible,
-                                   attention_mask=attention_mask)
-        logits = backbone.head(h)                                      # (N, V)
-        # A row that waits for others to finish their block must not think on meanwhile.
+class Trajectory:
+    """The passes over one canvas, and what they share. With guidance a second copy of the batch,
+    with a memory of its own, sees no prompt: B is twice the sampler's then."""
+
+    def __init__(self, backbone: Backbone, memory: MetaState | None, sampling: Sampling,
+                 maskable: Tensor, attention_mask: Tensor | None):
+        if sampling.cfg_scale > 0:
+            maskable = maskable.repeat(2, 1)
+            attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+        self.backbone = backbone
+        self.memory = memory
+        self.maskable = maskable                                       # (B, T)
+        self.context = backbone.context(maskable, attention_mask, cache=sampling.cache)
+        self.anchors = memory.anchors(maskable, attention_mask) if memory else None
+
+    def denoise(self, canvas: Tensor, slots: Tensor | None, state: SamplerState
+                ) -> tuple[Tensor, Tensor | None]:
+        """Logits (N, V) of the eligible positions, and the new slots."""
+        sampling, c = state.sampling, state.config
+        context, anchors, eligible = self.context, self.anchors, state.eligible
+        if sampling.cfg_scale > 0:
+            without_prompt = torch.where(self.maskable[len(canvas):], canvas, c.mask_id)
+            canvas = torch.cat((canvas, without_prompt))               # (B, T)
+            eligible = eligible.repeat(2, 1)                           # (B, T)
+        t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B,) of the whole canvas
         at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
-        slots = torch.where(at_work, new_slots, slots)
-    if guided:
-        given, free = logits.chunk(2)
-        logits = free + (s.cfg_scale + 1) * (given - free)
-    if s.logits_eos_inf:
-        logits[:, c.eos_id] = float("-inf")
-    return logits, slots
+
+        if sampling.cache and state.step > 0:                          # from here on T is the block
+            canvas, eligible = canvas[:, state.block], eligible[:, state.block]
+            context = context.at(state.block)
+            anchors = anchors and anchors.at(state.block)
+
+        if self.memory is None:
+            h = self.backbone.run(self.backbone.embed(canvas), context)        # (B, T, D)
+        else:
+            h, new_slots = self.memory.step(self.backbone, canvas, slots, t=t, anchors=anchors,
+                                            context=context)
+            # A row that waits for others to finish their block must not think on meanwhile.
+            slots = torch.where(at_work, new_slots, slots)             # (B, M, d)
+        logits = self.backbone.head(self.backbone.pick(h, eligible))   # (N, V)
+
+        if sampling.cfg_scale > 0:
+            given, free = logits.chunk(2)
+            logits = free + (sampling.cfg_scale + 1) * (given - free)
+        if sampling.logits_eos_inf:
+            logits[:, c.eos_id] = float("-inf")
+        return logits, slots
 
 
 # To propose: tokens (N,), never a mask, and a confidence (N,) from logits (N, V).
 
-def propose_llada(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+def propose_llada(logits: Tensor, state: SamplerState) -> tuple[Tensor, Tensor]:
     """LLaDA: Gumbel-max tokens, and their probabilities without the noise. Ends of text or turn can
     be given confidence 0, here at every temperature (the original loses one above 0, issue 137)."""
-    s, c = turn.sampling, turn.config
+    sampling, c = state.sampling, state.config
     allowed = logits.clone()
     allowed[:, c.mask_id] = float("-inf")
-    if s.temperature > 0:
+    if sampling.temperature > 0:
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
-        noise = turn.gumbel(logits.shape[1], wide)                     # (N, V)
-        allowed = allowed.to(wide) + s.temperature * noise
+        noise = state.gumbel(logits.shape[1], wide)                    # (N, V)
+        allowed = allowed.to(wide) + sampling.temperature * noise
     tokens = allowed.argmax(-1)                                        # (N,)
-    if s.confidence_eos_eot_inf:
+    p = logits.float()
+    if sampling.confidence_eos_eot_inf:
         ends = [i for i in (c.eos_id, c.eot_id) if i is not None and i < c.vocab_size]
-        logits[:, ends] = float("-inf")
-    p = logits.float().softmax(-1)                                     # (N, V)
+        p = p.clone()
+        p[:, ends] = float("-inf")
+    p = p.softmax(-1)                                                  # (N, V)
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 
-def propose_dream(logits: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+def propose_dream(logits: Tensor, state: SamplerState) -> tuple[Tensor, Tensor]:
     """Dream: tokens after temperature, top_p and top_k, and a confidence from the same filtered
     distribution: probability, margin between the two likeliest tokens, or negative entropy."""
-    s, c = turn.sampling, turn.config
-    if s.temperature > 0:
-        logits = logits / s.temperature
-    allowed = filtered(logits, s, c.mask_id).float()                   # (N, V)
+    sampling, c = state.sampling, state.config
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    allowed = filtered(logits, sampling, c.mask_id).float()            # (N, V)
     p = allowed.softmax(-1)                                            # (N, V)
-    if s.temperature > 0:
-        allowed = allowed + turn.gumbel(p.shape[1])
+    if sampling.temperature > 0:
+        allowed = allowed + state.gumbel(p.shape[1])
     allowed[:, c.mask_id] = float("-inf")
     tokens = allowed.argmax(-1)                                        # (N,)
-    if s.remasking == "topk_margin":
+    if sampling.remasking == "topk_margin":
         first, second = p.topk(2).values.unbind(-1)
         return tokens, first - second
-    if s.remasking == "entropy":
+    if sampling.remasking == "entropy":
         return tokens, (p * torch.log(p + 1e-10)).sum(-1)
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 
-def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
+def filtered(logits: Tensor, sampling: Sampling, mask_id: int) -> Tensor:
     """Logits (N, V) with all but the tokens of top_p and top_k at the lowest number. The likeliest
     token that is no mask always stays, so that there is one to write."""
     lowest = torch.finfo(logits.dtype).min
     kept = logits
-    if s.top_p is not None and s.top_p < 1:
+    if sampling.top_p is not None and sampling.top_p < 1:
         ordered, index = kept.sort(descending=True)
-        beyond = ordered.softmax(-1).cumsum(-1) > s.top_p              # (N, V)
+        beyond = ordered.softmax(-1).cumsum(-1) > sampling.top_p       # (N, V)
         beyond = F.pad(beyond, (1, -1))            # the first one beyond top_p stays
         beyond = beyond.scatter(1, index, beyond)
         kept = kept.masked_fill(beyond, lowest)
-    if s.top_k is not None:
-        k = min(s.top_k, kept.shape[1])
+    if sampling.top_k is not None:
+        k = min(sampling.top_k, kept.shape[1])
         least = kept.topk(k).values[:, -1:]                            # (N, 1)
         kept = kept.masked_fill(kept < least, lowest)
     no_mask = logits.clone()
@@ -359,56 +405,72 @@ def filtered(logits: Tensor, s: Sampling, mask_id: int) -> Tensor:
     return kept.scatter(1, best, logits.gather(1, best))
 
 
-def quota(turn: Turn) -> Tensor:
-    """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
-    steps = turn.sampling.steps_per_block
-    one_more = turn.step < turn.n_begin % steps
-    return turn.n_begin // steps + one_more
-
-
-def share(turn: Turn) -> Tensor:
-    """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
-    steps = turn.sampling.steps_per_block
-    timesteps = torch.linspace(1, 1e-3, steps + 1)
-    timesteps[-1] = 0
-    return 1 - timesteps[turn.step + 1] / timesteps[turn.step]
-
-
 # To select what is revealed: from confidences (B, T), bool (B, T).
 
-def select_quota(confidence: Tensor, turn: Turn) -> Tensor:
+def reveal(confidence: Tensor, state: SamplerState) -> Tensor:
+    """What this pass reveals: nothing while the memory thinks, else what the settings select."""
+    sampling = state.sampling
+    if state.step < 0:
+        return torch.zeros_like(state.eligible)
+    if sampling.cache and state.config.shift and state.step == 0:
+        # Fast-dLLM with Dream: what scores the first token of a block stands before it, and will
+        # not be run again, so that this pass reveals that token and no other.
+        column = torch.arange(state.eligible.shape[1], device=confidence.device)       # (T,)
+        return state.eligible & (column == state.block.start)
+    if sampling.threshold is not None:
+        return select_above_threshold(confidence, state)
+    _, select = REMASKING[sampling.remasking]
+    return select(confidence, state)
+
+
+def quota(state: SamplerState) -> Tensor:
+    """LLaDA's number of tokens for a step (B,): equal parts, the remainder in the first steps."""
+    steps = state.sampling.steps_per_block
+    one_more = state.step < state.n_begin % steps
+    return state.n_begin // steps + one_more
+
+
+def dream_share(state: SamplerState) -> Tensor:
+    """Dream's share of what is masked now, from its timesteps; all of it in the last step."""
+    steps = state.sampling.steps_per_block
+    timesteps = torch.linspace(1, 1e-3, steps + 1)
+    timesteps[-1] = 0
+    return 1 - timesteps[state.step + 1] / timesteps[state.step]
+
+
+def select_quota(confidence: Tensor, state: SamplerState) -> Tensor:
     """LLaDA: the surest ones, as many as the step's quota says."""
-    return best_positions(confidence, turn.eligible, quota(turn))
+    return best_positions(confidence, state.eligible, quota(state))
 
 
-def select_random_quota(confidence: Tensor, turn: Turn) -> Tensor:
+def select_random_quota(confidence: Tensor, state: SamplerState) -> Tensor:
     """LLaDA's other order: as many as the quota says, anywhere."""
-    draws = turn.uniform(1)[:, 0]                                      # (N,)
-    return best_positions(spread(draws, turn.eligible), turn.eligible, quota(turn))
+    draws = state.uniform(1)[:, 0]                                     # (N,)
+    return best_positions(spread(draws, state.eligible), state.eligible, quota(state))
 
 
-def select_share(confidence: Tensor, turn: Turn) -> Tensor:
+def select_share(confidence: Tensor, state: SamplerState) -> Tensor:
     """Dream: the surest ones, a share of what is masked; alg_temp draws them without replacement,
     the surer the likelier (Gumbel-top-k)."""
-    alg_temp = turn.sampling.alg_temp
+    alg_temp = state.sampling.alg_temp
     if alg_temp > 0:
-        noise = turn.gumbel(1)[:, 0]                                   # (N,)
-        confidence = confidence / alg_temp + spread(noise, turn.eligible)
-    n = (turn.eligible.sum(1) * share(turn)).int()                     # (B,)
-    return best_positions(confidence, turn.eligible, n)
+        noise = state.gumbel(1)[:, 0]                                  # (N,)
+        confidence = confidence / alg_temp + spread(noise, state.eligible)
+    n = (state.eligible.sum(1) * dream_share(state)).int()             # (B,)
+    return best_positions(confidence, state.eligible, n)
 
 
-def select_by_chance(confidence: Tensor, turn: Turn) -> Tensor:
+def select_by_chance(confidence: Tensor, state: SamplerState) -> Tensor:
     """Dream's origin: each one with the probability that is the step's share."""
-    draws = turn.uniform(1)[:, 0]                                      # (N,)
-    return turn.eligible & (spread(draws, turn.eligible) < share(turn))
+    draws = state.uniform(1)[:, 0]                                     # (N,)
+    return state.eligible & (spread(draws, state.eligible) < dream_share(state))
 
 
-def select_above_threshold(confidence: Tensor, turn: Turn) -> Tensor:
+def select_above_threshold(confidence: Tensor, state: SamplerState) -> Tensor:
     """Fast-dLLM: all with at least this confidence, and always the surest one."""
-    one = torch.ones_like(turn.n_begin)                                # (B,)
-    surest = best_positions(confidence, turn.eligible, one)
-    return surest | (turn.eligible & (confidence >= turn.sampling.threshold))
+    one = torch.ones_like(state.n_begin)                               # (B,)
+    surest = best_positions(confidence, state.eligible, one)
+    return surest | (state.eligible & (confidence >= state.sampling.threshold))
 
 
 REMASKING = {                          # how to propose and how to select

@@ -1,26 +1,20 @@
 """Score GSM8K-style problems: python eval_gsm8k.py [--init llada] [--data test.jsonl]
 
-Without arguments: the newest run, else the tiny model of this repository. A tiny model is scored on
-the built-in problems, others on GSM8K.
+Without arguments: the tiny model of this repository on the built-in problems; others on GSM8K.
 Every answer is appended to a JSONL file, which another run goes on with; --compare A B pairs two
 such files. Prompts and answer rules are those of lm-evaluation-harness (gsm8k and gsm8k_cot).
+--protocol paper is the one of MetaState's own table.
 """
-import os
-import signal
-import sys
-
-if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import hashlib
 import json
 import math
 import re
+import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,49 +22,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from diffusion import CARRY, Pass, generate
+from diffusion import CARRY, Report, generate
 from metastate import MetaState
-from model import (Backbone, Tokenizer, blame, cache_folder, check_output, download, ensure,
-                   fetched, write_atomically)
-from sample import (COUNT, NUMBER, SAMPLING_DEFAULTS, add_model_options, add_sampling_options,
-                    choose_models, is_right, open_models, run_program, sampling_settings,
-                    start_device)
-
-# ------------------------------------------------------------------------ THE BUILT-IN PROBLEMS
-# A dial shows a digit, and each button has a rule that takes every digit to another. The rules are
-# fixed random permutations, so that nothing shortens the chain of look-ups.
-
-BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
-BUTTON_RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
-PRESSES = 4
-N_PROBLEMS = 10 * len(BUTTONS) ** PRESSES
-SPLIT_ORDER = 37                       # seed of the order that the splits cut up
-SPLITS = {"test": slice(1000), "valid": slice(1000, 2000), "train": slice(2000, N_PROBLEMS)}
-# Every word of a problem is one token.
-WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
-         "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
-
-
-def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
-    """{question, answer} for a digit and the numbers of the buttons pressed."""
-    names = ", then press ".join(BUTTONS[i] for i in pressed)
-    question = f"The dial shows {digit}. Press {names}."
-    hops = []
-    for i in pressed:
-        digit = BUTTON_RULES[i][digit]
-        hops.append(f" {BUTTONS[i]} gives {digit}")
-    return {"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"}
-
-
-def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
-    """The first n problems of a split. All that exist stand in one fixed random order which the
-    splits cut up: no question is in two of them."""
-    order = np.random.default_rng(SPLIT_ORDER).permutation(N_PROBLEMS)
-    numbers = order[SPLITS[split]][:n]                 # digit + 10 * (button + 8 * (button + ...
-    shape = [10] + [len(BUTTONS)] * PRESSES
-    columns = np.unravel_index(numbers, shape, order="F")
-    return [dial_problem(digit, pressed) for digit, *pressed in np.transpose(columns).tolist()]
-
+from model import (Backbone, Tokenizer, blame, cache_folder, download, ensure, fetched, reason,
+                   write_atomically)
+from sample import (COUNT, DIAL_LENGTH, SAMPLING_DEFAULTS, Choice, add_model_options,
+                    add_sampling_options, choose_models, dial_problems, open_models, prompt_ids,
+                    run_program, sampling_settings, start_device, warn_of_length)
 
 # ------------------------------------------------------------------------- PROMPTS AND ANSWERS
 
@@ -79,38 +37,51 @@ class Protocol:
     """How a problem is put, denoised and scored; settings go to diffusion.generate."""
     question: str                      # the text of one question
     rule: str                          # see extract
-    stops: tuple[str, ...]             # the answer ends at the first of these
+    stops: tuple[str, ...] = ()        # the answer ends at the first of these, if not before
     shots: int = 0                     # solved examples before it, from the train file
     chat: bool = False                 # all of it as one user turn of the chat template
-    start: str = ""                    # control token before the text
     settings: dict = field(default_factory=dict)
 
 
 PLAIN = "Question: {}\nAnswer:"
 COT = "Q: {}\nA:"
 STOPS = ("</s>", "<|im_end|>")
-END = "<|endoftext|>"
 PROTOCOLS = {
-    "dial": Protocol("{}", "strict", (END,), chat=True, settings=SAMPLING_DEFAULTS["tiny"]),
+    "dial": Protocol("{}", "strict", chat=True, settings=SAMPLING_DEFAULTS["tiny"]),
     # lm-eval gsm8k, 5-shot: LLaDA-Base
     "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
                       settings=dict(gen_length=256)),
     # lm-eval gsm8k_cot, 8-shot: Dream-Base (there with eight fixed examples of its own)
-    "gsm8k-cot": Protocol(COT, "cot_strict", ("Q:", *STOPS, END), shots=8, start="<|beginoftext|>",
+    "gsm8k-cot": Protocol(COT, "cot_strict", ("Q:", *STOPS), shots=8,
                           settings=dict(gen_length=256, remasking="entropy", top_p=0.95)),
     # gsm8k_cot, zero-shot, chat template: Dream-Instruct
-    "chat": Protocol(COT, "flexible", ("Q:", *STOPS, END), chat=True,
+    "chat": Protocol(COT, "flexible", ("Q:", *STOPS), chat=True,
                      settings=dict(gen_length=256, remasking="entropy", temperature=0.1,
                                    top_p=0.9)),
     # lm-eval gsm8k, 5-shot in one user turn, as Fast-dLLM runs it: LLaDA-Instruct and 1.5
     "chat-few-shot": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, chat=True,
                               settings=dict(gen_length=256, block_length=32)),
+    # MetaState's own table: length, block and dual cache are stated there. The threshold and the
+    # examples are a guess: Fast-dLLM's, whose GSM8K figure with them is the table's baseline.
+    "paper": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+                      settings=dict(gen_length=256, block_length=32, cache=True, threshold=0.9)),
 }
-# By preset. A folder gets its kind's, that of the Instruct model; --protocol is for the others.
-DEFAULT_PROTOCOL = {"tiny": "dial", "llada-base": "gsm8k", "llada": "chat-few-shot",
-                    "llada-1.5": "chat-few-shot", "dream-base": "gsm8k-cot", "dream": "chat"}
 
 
+def choose_protocol(name: str | None, choice: Choice, chat: bool | None) -> tuple[str, Protocol]:
+    """The protocol of that name, or the usual one of a model; a base model gets plain text."""
+    usual = {
+        ("llada", False): "gsm8k", ("llada", True): "chat-few-shot",
+        ("dream", False): "gsm8k-cot", ("dream", True): "chat",
+    }
+    name = name or usual.get((choice.kind, choice.chat), "dial")
+    protocol = PROTOCOLS[name]
+    if name == "paper" or chat is not None:
+        protocol = replace(protocol, chat=choice.chat)
+    return name, protocol
+
+
+NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 ANSWER_RULES = {                       # a pattern, and which of its matches is the answer
     "strict": (r"#### (\-?[0-9\.\,]+)", 0),
     "cot_strict": (r"The answer is (\-?[0-9\.\,]+).", 0),
@@ -121,7 +92,10 @@ ANSWER_RULES = {                       # a pattern, and which of its matches is 
 
 def extract(text: str, rule: str) -> str:
     """The answer in a text, or "[invalid]". strict, cot_strict and flexible as lm-eval's filters
-    strict-match (gsm8k, gsm8k_cot) and flexible-extract compute them; numeric: the last number."""
+    strict-match (gsm8k, gsm8k_cot) and flexible-extract compute them; numeric: the last number,
+    also of TeX and with a typographic minus."""
+    if rule == "numeric":
+        text = text.replace("{,}", ",").replace("\u2212", "-")
     pattern, which = ANSWER_RULES[rule]
     matches = list(re.finditer(pattern, text))
     if not matches:
@@ -139,13 +113,15 @@ def normalised(text: str) -> str:
 
 def is_correct(answer: str, gold: str, rule: str) -> bool:
     """Whether an extracted answer is that of the data set's full answer: as strings after lm-eval's
-    deletions, or by the rule numeric as numbers."""
+    deletions, or by the rule numeric as numbers: 18, 18.00, $18 and 18. are equal."""
     if rule == "numeric":
-        return is_right(answer, gold)
+        numbers = [re.sub("[$,]", "", extract(text, rule)) for text in (answer, gold)]
+        return "[invalid]" not in numbers and float(numbers[0]) == float(numbers[1])
     return normalised(answer) == normalised(gold)
 
 
-def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: list) -> list[int]:
+def problem_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: Sequence[dict]
+                ) -> list[int]:
     """Token ids of a problem under a protocol, the solved examples before it."""
     parts = []
     for shot in shots:
@@ -154,10 +130,7 @@ def prompt_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: l
             answer = re.sub("<<.*?>>", "", answer).replace("\n#### ", "\nThe answer is ") + "."
         parts.append(protocol.question.format(shot["question"]) + " " + answer)
     parts.append(protocol.question.format(problem["question"]))
-    text = "\n\n".join(parts)
-    if protocol.chat:
-        return tokenizer.chat([{"role": "user", "content": text}])
-    return tokenizer.encode(protocol.start) + tokenizer.encode(text, special=False)
+    return prompt_ids(tokenizer, "\n\n".join(parts), protocol.chat)
 
 
 def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device
@@ -170,6 +143,14 @@ def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device
     return ids, None if attention_mask.all() else attention_mask
 
 
+def answer_text(tokenizer: Tokenizer, ids: list[int], stops: Sequence[str]) -> str:
+    """The text of an answer up to its end or the first stop, without control tokens."""
+    text = tokenizer.answer(ids)
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
+
+
 # ---------------------------------------------------------------------------------- DATA FILES
 
 GSM8K = ("https://raw.githubusercontent.com/openai/grade-school-math/"
@@ -180,34 +161,41 @@ SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e
 
 def gsm8k_file(name: str) -> Path:
     """GSM8K's own file, fetched once."""
-    return fetched(cache_folder() / "gsm8k" / name,
-                   lambda path: download(GSM8K + name, path, sha256=SHA256[name]))
+    advice = f"give a file by --data, and beside it {name} where solved examples are wanted"
+    with blame(f"the download of GSM8K's {name}", advice):
+        return fetched(cache_folder() / "gsm8k" / name,
+                       lambda path: download(GSM8K + name, path, sha256=SHA256[name]))
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON-lines file; a bad one is named."""
+def read_jsonl(path: Path, parse: Callable[[Any], Any]) -> list:
+    """parse(value) of every line of a JSON-lines file. Lines that are refused are counted and the
+    first is named: in a note, or in an InputError where they are more than the others."""
     with blame(path, "give a file of JSON lines in UTF-8"):
         lines = path.read_text("utf-8-sig").split("\n")        # some editors begin with a BOM
-    found = []
+    good, bad = [], []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with blame(f"{path} line {number}", "give one JSON object on every line, no array"):
-                value = json.loads(line)
-            ensure(isinstance(value, dict), f"{path} line {number} holds no JSON object; give one "
-                   "on every line, without an array around them")
-            found.append((number, value))
-    ensure(found, f"{path} is empty; give a file with one JSON object a line")
-    return found
+            try:
+                good.append(parse(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                bad.append(f"line {number}: {reason(error)}")
+    if bad:
+        message = (f"{path} has {len(bad)} lines that cannot be used beside {len(good)} good ones, "
+                   f"the first is {bad[0]}")
+        ensure(len(good) > len(bad), message)
+        print(f"note: {message}", file=sys.stderr)
+    ensure(good, f"{path} is empty; give a file with one JSON object a line")
+    return good
 
 
-def read_problems(path: Path) -> list[dict[str, str]]:
-    """GSM8K's form: question and answer, both text, on every line."""
-    numbered = read_jsonl(path)
-    for number, problem in numbered:
-        for key in ("question", "answer"):
-            ensure(isinstance(problem.get(key), str), f"{path} line {number} lacks the text "
-                   "question or answer; mend or remove it")
-    return [problem for _, problem in numbered]
+def read_problem(item: Any) -> dict[str, str]:
+    """GSM8K's form: question and answer, both text."""
+    match item:
+        case {"question": str(), "answer": str()}:
+            return item
+        case {"question": _, "answer": _}:
+            raise ValueError("question or answer is no text")
+    raise ValueError("question and answer are wanted")
 
 
 # -------------------------------------------------------------------------------------- SCORES
@@ -217,45 +205,30 @@ def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], pro
              memory: MetaState | None = None, carry: str = "keep", batch_size: int = 32,
              seed: int = 0) -> Iterator[dict]:
     """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
-    correct, passes}. settings: of Sampling. No answer depends on its batch, except under shuffle.
-    """
+    correct, passes}. settings: of Sampling. In float32 no answer depends on its batch, except under
+    shuffle."""
     if todo is None:
         todo = list(range(len(problems)))
     n_batches = math.ceil(len(todo) / batch_size)
     batches = np.array_split(todo, n_batches) if todo else []  # as equal in size as can be
     for batch in batches:
         batch = batch.tolist()
-        prompts = [prompt_ids(tokenizer, protocol, problems[i], shots) for i in batch]
-        ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
-                                          backbone.embedding.weight.device)
+        prompts = [problem_ids(tokenizer, protocol, problems[i], shots) for i in batch]
+        ids, attention_mask = left_padded(prompts, backbone.config.pad_id, backbone.device)
         passes = torch.zeros(len(batch), dtype=torch.long, device=ids.device)
 
-        def count_passes(canvas: Tensor, this_pass: Pass) -> None:
-            passes.add_(this_pass.eligible.any(1))     # a row that is done waits
+        def count_passes(canvas: Tensor, report: Report) -> None:
+            passes.add_(report.eligible.any(1))        # a row that is done waits
 
         canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
                           seeds=[seed + i for i in batch], on_step=count_passes, **settings)
         answers = canvas[:, ids.shape[1]:].tolist()
         for i, answer_ids, n_passes in zip(batch, answers, passes.tolist()):
-            judged = judge(tokenizer, protocol, problems[i], answer_ids)
-            yield {"index": i, **judged, "passes": n_passes}
-
-
-def judge(tokenizer: Tokenizer, protocol: Protocol, problem: dict, ids: list[int]) -> dict:
-    """An answer to a problem, and whether it is right."""
-    text = answer_text(tokenizer, ids, protocol.stops)
-    answer = extract(text, protocol.rule)
-    correct = is_correct(answer, problem["answer"], protocol.rule)
-    return {"problem": digest(problem), "text": text, "answer": answer, "correct": correct}
-
-
-def answer_text(tokenizer: Tokenizer, ids: list[int], stops: tuple[str, ...]) -> str:
-    """The text of an answer up to the first stop, without control tokens."""
-    text = tokenizer.decode(ids)
-    for stop in stops:                 # which may be a control token
-        text = text.split(stop)[0]
-    # once more, without the control tokens that no stop has cut off
-    return tokenizer.decode(tokenizer.encode(text), skip_special=True)
+            text = answer_text(tokenizer, answer_ids, protocol.stops)
+            answer = extract(text, protocol.rule)
+            correct = is_correct(answer, problems[i]["answer"], protocol.rule)
+            yield {"index": i, "problem": digest(problems[i]), "text": text, "answer": answer,
+                   "correct": correct, "passes": n_passes}
 
 
 def digest(value: object) -> str:
@@ -283,194 +256,125 @@ def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
     return difference.mean(), low, high
 
 
-# ------------------------------------------------------------------------------ THE TABLES
-# Printed by train.py. Thinking: the whole answer is written at once after N passes, in
-# which nothing is revealed. Schedules: how tokens are revealed, pass by pass.
+# ----------------------------------------------------------------------------- THINKING TABLE
+# Printed by train.py: how many whole answers are right if they are written at once after N passes
+# over an answer of nothing but masks.
 
 THINKING_PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 20)
-QUOTA_STEPS = (20, 10, 8, 5, 4)
-BLOCK_LENGTHS = (10, 5, 4, 2)
-THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
-class Contestant(NamedTuple):
-    """A row of a table: whose memory, if any, and what becomes of it between two passes."""
-    memory: MetaState | None
-    carry: str
+def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], *,
+                  memory: MetaState | None, carry: str = "keep", n_passes: int,
+                  gen_length: int = DIAL_LENGTH, batch_size: int = 250) -> np.ndarray:
+    """Whether the whole answer that pass n would write is right to the letter, bool (n_passes,
+    problems). One run tells all: over masks a pass does the same whether it writes or not."""
+    columns = []
+    for first in range(0, len(problems), batch_size):
+        batch = problems[first:first + batch_size]
+        prompts = [problem_ids(tokenizer, PROTOCOLS["dial"], problem, ()) for problem in batch]
+        ids, attention_mask = left_padded(prompts, backbone.config.pad_id, backbone.device)
+        right = []
+
+        def judge(canvas: Tensor, report: Report) -> None:
+            guesses = report.guess[:, ids.shape[1]:].tolist()
+            right.append([tokenizer.answer(guess) == problem["answer"]
+                          for guess, problem in zip(guesses, batch)])
+
+        generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
+                 on_step=judge, gen_length=gen_length, think=n_passes - 1, steps=1)
+        columns.append(right)
+    return np.concatenate(columns, axis=1)
 
 
-def contestants(memory: MetaState, memoryless: MetaState) -> dict[str, Contestant]:
-    return {
-        "frozen": Contestant(None, "keep"),
-        "memory reset": Contestant(memory, "reset"),
-        "memory shuffled": Contestant(memory, "shuffle"),
-        "memoryless-trained": Contestant(memoryless, "reset"),
-        "MetaState": Contestant(memory, "keep"),
-    }
-
-
-@dataclass
-class Bench:
-    """The models and problems that a table is about."""
-    backbone: Backbone
-    tokenizer: Tokenizer
-    problems: list[dict]
-    gen_length: int
-
-    def score(self, who: Contestant, **settings) -> list[dict]:
-        """The rows of evaluate, and in each whether the whole answer is right to the letter."""
-        rows = list(evaluate(
-            self.backbone, self.tokenizer, self.problems, PROTOCOLS["dial"], memory=who.memory,
-            carry=who.carry, batch_size=250,
-            settings={"gen_length": self.gen_length, **settings}))
-        for row in rows:
-            row["whole"] = row["text"] == self.problems[row["index"]]["answer"]
-        return rows
-
-
-def percent(values: list[bool]) -> str:
+def percent(values: Sequence[bool]) -> str:
     return f"{100 * np.mean(values):.1f}"
 
 
 def table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
-    """A table for people, 80 columns wide at most, which is also Markdown."""
+    """A table for people, which is also Markdown."""
     width = max(map(len, rows))
 
     def line(name: str, cells: list[str]) -> str:
-        return "|".join(["", name.ljust(width), *(cell.rjust(5) for cell in cells), ""])
+        padded = [cell.rjust(max(5, len(column))) for cell, column in zip(cells, header)]
+        return "|".join(["", name.ljust(width), *padded, ""])
 
     lines = [title, "", line("", header), "|---" * (len(header) + 1) + "|"]
     lines += [line(name, cells) for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def thinking_table(bench: Bench, everyone: dict[str, Contestant]) -> tuple[str, dict]:
-    """How many whole answers are right if they are written at once, after N passes over an answer
-    of nothing but masks. Without a memory no pass can differ from the first: its input does not."""
-    results = {}
-    for name, who in tqdm(everyone.items(), desc="thinking", leave=False, disable=None):
-        results[name] = {}
-        for n in THINKING_PASSES:
-            rows = bench.score(who, think=n - 1, steps=1)              # the n-th pass writes
-            results[name][n] = {"whole": [row["whole"] for row in rows],
-                                "result": [row["correct"] for row in rows]}
-    text = ""
-    for key, what in (("whole", "Whole answers"), ("result", "Final results")):
-        title = (f"{what} right (%) after N passes without a word, {len(bench.problems)} problems, "
-                 "N =")
-        cells = {name: [percent(after_n[key]) for after_n in by_n.values()]
-                 for name, by_n in results.items()}
-        text += table(title, list(map(str, THINKING_PASSES)), cells) + "\n"
-    return text, results
-
-
-def cheapest(valid: Bench, who: Contestant, schedules: dict[str, dict], desc: str) -> str:
-    """The schedule with the fewest passes among those within a point of the best accuracy."""
-    accuracy = {}
-    passes = {}
-    for label, settings in tqdm(schedules.items(), desc, leave=False, disable=None):
-        rows = valid.score(who, **settings)
-        accuracy[label] = np.mean([row["correct"] for row in rows])
-        passes[label] = np.mean([row["passes"] for row in rows])
-    good = [label for label in schedules if accuracy[label] >= max(accuracy.values()) - 0.01]
-    return min(good, key=passes.get)
-
-
-def schedule_table(bench: Bench, valid: Bench, everyone: dict[str, Contestant]
-                   ) -> tuple[str, dict]:
-    """Accuracy and mean passes under every kind of schedule, for the frozen backbone and MetaState.
-    Block length and threshold are chosen for each on the problems of valid."""
-    length = bench.gen_length
-    quotas = {f"quota, {n} steps": dict(steps=n) for n in QUOTA_STEPS}
-    blocks = {f"blocks of {n}": dict(block_length=n, steps=length // n) for n in BLOCK_LENGTHS}
-    thresholds = {f"threshold {x}": dict(threshold=x, steps=1) for x in THRESHOLDS}
-    cells = {}
-    results = {}
-    for name in ("frozen", "MetaState"):
-        who = everyone[name]
-        schedules = dict(quotas)
-        for kind in (blocks, thresholds):
-            best = cheapest(valid, who, kind, desc=f"schedules, {name}")
-            schedules[best] = kind[best]
-        results[name] = {}
-        for label, settings in schedules.items():
-            rows = bench.score(who, **settings)
-            correct = [row["correct"] for row in rows]
-            passes = [row["passes"] for row in rows]
-            results[name][label] = {"correct": correct, "passes": passes}
-            cells[f"{name}, {label}"] = [percent(correct), f"{np.mean(passes):.2f}"]
-    title = (f"Final results right (%), {len(bench.problems)} problems; block length and threshold "
-             "were chosen on others")
-    return table(title, ["right", "passes"], cells), results
+def thinking_table(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict],
+                   memory: MetaState, gen_length: int = DIAL_LENGTH) -> tuple[str, dict]:
+    """The table for a memory and its controls, and every result behind it. Without persistence no
+    pass can differ from the first: its input does not."""
+    everyone = {"frozen": (None, "keep"), "memory reset": (memory, "reset"),
+                "memory shuffled": (memory, "shuffle"), "MetaState": (memory, "keep")}
+    cells, results = {}, {}
+    for name, (its_memory, carry) in tqdm(everyone.items(), "table", leave=False, disable=None):
+        right = whole_by_pass(backbone, tokenizer, problems, memory=its_memory, carry=carry,
+                              n_passes=max(THINKING_PASSES), gen_length=gen_length)
+        cells[name] = [percent(right[n - 1]) for n in THINKING_PASSES]
+        results[name] = {n: right[n - 1].tolist() for n in THINKING_PASSES}
+    title = f"Whole answers right (%), written at once after N passes; {len(problems)} problems, N ="
+    return table(title, list(map(str, THINKING_PASSES)), cells), results
 
 
 # --------------------------------------------------------------------------------- RESULT FILES
+# A line with the setting, then a line for every answer.
 
 def read_results(path: Path) -> tuple[dict, dict[int, dict]]:
     """The setting that a results file was made with, and its rows by problem. A line that a kill
-    cut short is passed over; its problem is answered again. Raises InputError for a wrong row."""
+    cut short is passed over; its problem is answered again."""
+    rows = {}
     with blame(path, "give a file of results that eval_gsm8k.py wrote"):
         first, *lines = path.read_bytes().split(b"\n")
         setting = json.loads(first)["setting"]
-        indices = range(setting["problems"])
-    rows = {}
-    for number, line in enumerate(lines, 2):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        with blame(f"{path} line {number}", "remove that line, its problem is answered again"):
-            index = row["index"]
-            if type(index) is not int or index not in indices:
-                raise ValueError(f"index {index!r} is not one of its {len(indices)} problems")
-            passes = row["passes"]
-            if type(row["correct"]) is not bool:
-                raise ValueError("correct is no boolean")
-            if type(passes) is not int or not 0 <= passes < 2 ** 31:
-                raise ValueError("passes is no number of passes")
-            if rows.setdefault(index, row) != row:
-                raise ValueError(f"problem {index} has another answer above")
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            rows[row["index"]] = {key: row[key] for key in ("problem", "correct", "passes")}
     return setting, rows
 
 
 def compare(a: Path, b: Path) -> None:
     """Print the paired difference of two results files on the problems that both have."""
-    _, before = read_results(a)
-    _, after = read_results(b)
+    (_, before), (_, after) = read_results(a), read_results(b)
     both = sorted(before.keys() & after.keys())
-    same = [i for i in both if before[i].get("problem") == after[i].get("problem")]
+    same = [i for i in both if before[i]["problem"] == after[i]["problem"]]
     ensure(both and same == both, f"{a} and {b} have no problem in common, or different ones under "
            "one number; compare runs on the same data")
     right_before = [before[i]["correct"] for i in both]
     right_after = [after[i]["correct"] for i in both]
     difference, low, high = paired_interval(right_before, right_after)
-    print(f"{len(both)} problems: {np.mean(right_before):.1%} -> {np.mean(right_after):.1%}, "
-          f"{100 * difference:+.1f} points (95 % of problems, paired: {100 * low:+.1f} to "
+    print(f"A, {a}: {np.mean(right_before):.1%} of {len(both)} problems\n"
+          f"B, {b}: {np.mean(right_after):.1%}\n"
+          f"B - A: {100 * difference:+.1f} points (95 %, paired, over problems: {100 * low:+.1f} to "
           f"{100 * high:+.1f})")
 
 
-def rows_so_far(path: Path, made_with: dict) -> dict[int, dict]:
-    """The rows of a results file that a run with these settings may go on with."""
-    setting, rows = read_results(path)
-    for key, value in made_with.items():
-        before = setting.get(key)
-        ensure(before == value, f"{path} was made with {key} = {before!r}, not {value!r}; give "
-               "another --out")
-    return rows
-
-
-def print_score(path: Path, seconds: float) -> None:
-    """The score of a finished results file: there is none with fewer rows than problems."""
+def print_score(path: Path, n_new: int, seconds: float) -> None:
+    """The score of a finished results file."""
     setting, rows = read_results(path)
     n = setting["problems"]
     ensure(len(rows) == n, f"{path} holds {len(rows)} of {n} answers; run again to go on")
     right = sum(row["correct"] for row in rows.values())
     passes = np.mean([row["passes"] for row in rows.values()])
     low, high = wilson(right, n)
-    print(json.dumps(setting))
     print(f"{right} of {n} correct: {right / n:.1%} (95 %: {low:.1%} to {high:.1%}), "
-          f"{passes:.2f} passes, {seconds:.0f} s")
-    print(f"every answer is in {path};\ncompare two such files with --compare A B")
+          f"{passes:.2f} passes; {n_new} answered now, in {seconds:.0f} s\n"
+          f"answers: {path}; compare two such files with --compare A B\n"
+          f"setting: {json.dumps(setting)}")
+
+
+def results_path(choice: Choice, protocol_name: str, protocol: Protocol, made_with: dict) -> Path:
+    """A name that says model, memory, and what differs from the protocol."""
+    memory = choice.memory_path.parent.name if choice.memory_path else "frozen"
+    changed = [f"{key}-{value}" for key, value in made_with["sampling"].items()
+               if protocol.settings.get(key) != value]
+    parts = [Path(choice.name).name, memory, protocol_name, *changed, digest(made_with)[:6]]
+    return Path("out/eval") / ("_".join(parts) + ".jsonl")
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
@@ -496,7 +400,7 @@ def arguments() -> argparse.Namespace:
 def find_problems(args: argparse.Namespace, kind: str) -> list[dict[str, str]]:
     if args.data is None and kind == "tiny":
         return dial_problems("test", args.limit)
-    return read_problems(args.data or gsm8k_file("test.jsonl"))[:args.limit]
+    return read_jsonl(args.data or gsm8k_file("test.jsonl"), read_problem)[:args.limit]
 
 
 def find_shots(args: argparse.Namespace, n: int) -> list[dict[str, str]]:
@@ -507,7 +411,7 @@ def find_shots(args: argparse.Namespace, n: int) -> list[dict[str, str]]:
     path = near if near and near.exists() else gsm8k_file("train.jsonl")
     ensure(not (args.data and path.samefile(args.data)), f"the protocol takes its {n} solved "
            f"examples from {path}; give other problems by --data")
-    shots = read_problems(path)[:n]
+    shots = read_jsonl(path, read_problem)[:n]
     ensure(len(shots) == n, f"{path} has {len(shots)} of the {n} solved examples that the protocol "
            "wants; give more")
     return shots
@@ -518,47 +422,45 @@ def main() -> None:
     if args.compare:
         return compare(*args.compare)
 
-    # 1. everything that can be wrong without a model
+    # 1. what can be wrong without a model
     choice = choose_models(args)
-    name = args.protocol or DEFAULT_PROTOCOL.get(choice.name, DEFAULT_PROTOCOL[choice.kind])
-    protocol = PROTOCOLS[name]
-    if args.rule:
-        protocol = replace(protocol, rule=args.rule)
+    name, protocol = choose_protocol(args.protocol, choice, args.chat)
+    protocol = replace(protocol, rule=args.rule or protocol.rule)
     settings = sampling_settings(args, protocol.settings)
-    ensure(args.carry != "shuffle" or (args.batch_size > 2 and not args.cfg_scale),
-           "--carry shuffle exchanges memories within a batch, and of batches of two one may be "
-           "left over; give a --batch-size of three or more, and no --cfg-scale")
     problems = find_problems(args, choice.kind)
     shots = find_shots(args, protocol.shots)
-    if args.out:
-        check_output(args.out)
 
     # 2. what is not answered yet, every process its share of the problems
-    device, (rank, world) = start_device(args.device)
-    ensure(args.carry != "shuffle" or len(problems) >= 2 * world, "--carry shuffle needs two "
-           f"problems or more for each of {world} processes; raise --limit")
-    backbone, tokenizer, memory, identity = open_models(choice, args, device)
-    made_with = {**identity, "problems": len(problems), "digest": digest([problems, shots]),
-                 "protocol": name, "rule": protocol.rule, "carry": args.carry, "seed": args.seed,
-                 "sampling": settings}
-    if args.carry == "shuffle":        # whose memory a row gets depends on them
-        made_with |= {"batch_size": args.batch_size, "processes": world}
-    default_out = Path("out/eval") / f"{Path(choice.name).name}-{name}-{digest(made_with)}.jsonl"
-    out = args.out or default_out
+    device, (rank, world) = start_device(args.device, choice.kind)
+    ensure(args.carry != "shuffle" or (args.batch_size > 2 and not args.cfg_scale
+                                       and len(problems) >= 2 * world), "--carry shuffle exchanges "
+           "memories within a batch; give a --batch-size of three or more, as one of two may be "
+           f"left over, two problems or more for each of {world} processes, and no --cfg-scale")
+    models = open_models(choice, args, device)
+    made_with = {**models.identity, "problems": len(problems), "digest": digest([problems, shots]),
+                 "protocol": name, "rule": protocol.rule, "chat": protocol.chat,
+                 "carry": args.carry, "seed": args.seed, "batch_size": args.batch_size,
+                 "processes": world, "sampling": settings}
+    longest = max(len(problem_ids(models.tokenizer, protocol, p, shots)) for p in problems)
+    warn_of_length(models.backbone.config, longest + settings["gen_length"])
+    out = args.out or results_path(choice, name, protocol, made_with)
     if rank == 0 and not out.exists():
         write_atomically(out, json.dumps({"setting": made_with}).encode() + b"\n")
     if world > 1:
         torch.distributed.barrier()                    # now the file is there
-    rows = rows_so_far(out, made_with)
+    setting, rows = read_results(out)
+    for key, value in made_with.items():
+        ensure(setting.get(key) == value, f"{out} was made with {key} = {setting.get(key)!r}, not "
+               f"{value!r}; give another --out")
     mine = range(rank, len(problems), world)
     todo = [i for i in mine if i not in rows]
     if todo and args.carry == "shuffle":
         todo = list(mine)              # in the same batches as before
     begin = time.time()
     with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
-        answers = evaluate(backbone, tokenizer, problems, protocol, settings=settings, todo=todo,
-                           memory=memory, shots=shots, carry=args.carry, seed=args.seed,
-                           batch_size=args.batch_size)
+        answers = evaluate(models.backbone, models.tokenizer, problems, protocol,
+                           settings=settings, todo=todo, memory=models.memory, shots=shots,
+                           carry=args.carry, seed=args.seed, batch_size=args.batch_size)
         file.write(b"\n")                              # ends a line that a kill cut short
         for row in tqdm(answers, total=len(todo), disable=None if rank == 0 else True):
             file.write(json.dumps(row).encode() + b"\n")
@@ -567,7 +469,7 @@ def main() -> None:
     if world > 1:
         torch.distributed.barrier()                    # now all is answered
     if rank == 0:
-        print_score(out, time.time() - begin)
+        print_score(out, len(todo), time.time() - begin)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,60 @@
 """MetaState (arXiv 2603.01331): a working memory carried across the denoising steps of a frozen
 masked-diffusion backbone.
 
-One denoising step. The memory s has M slots of width d, whatever the length T of the sequence:
+One denoising step, as the figure of the authors' project page has it:
 
-  ids (B, T) -- embed -- layers 0..w --(+)-- layers w..r --+-- layers r..L -- pick -- head
-                                        ^                  |
-                   tokens ask slots     | Injector         | Mixer    slots ask tokens
-                                        |                  v
-  s (B, M, d) --------------------------+-------------> Updater ------> s' (B, M, d)
+  ids (B, T) -- embed --(+)-- run: all layers, frozen --+-- pick -- head -- logits
+                         ^                              |
+     tokens ask slots    | Injector                     | Mixer    slots ask tokens
+                         |                              v
+  s (B, M, d) -----------+-------------------------> Updater -----------> s' (B, M, d)
 
-The Updater is a gated recurrent unit, s' = (1 - z) s + z n. Injector, Mixer and Updater see the
-time t, the masked fraction, through one conditioner. In training, K steps:
+The Updater is a gated recurrent unit, s' = (1 - z) s + z n. All three see the time t through one
+conditioner, t -> t_cond. In training, K steps:
 
   s0 --> step 1 --> s1 --> step 2 --> s2 --> ... --> step K
             |                 |                         |
           loss 1            loss 2                    loss K
 
-s0 is learned; the ids of a step are those of the step before with some tokens revealed. Gradients
-run right to left along the whole chain of s, and within a step through layers w..L, whose weights
-are frozen; they stop at layers 0..w and at the tokens. The module holds no state: slots go in and
-slots come out, and nothing in them grows with T. Cost: O(T M).
+The ids of a step are those of the step before with some tokens revealed. Gradients run right to
+left along the whole chain of s, and within a step through all layers, whose weights are frozen;
+they stop at the tokens. The module holds no state: slots go in and slots come out, and nothing in
+them grows with T. Cost: O(T M).
+
+Symbols, and where each is from (paper: abstract, project page and its figure; restated: by later
+papers, see the README; ours: chosen here):
+
+  s      (B, M, d)  the slots, the state of the memory                          paper (s_t)
+  M, d              number of slots; width of a slot                            paper; ours
+  D                 width of the backbone                                       its config
+  h      (B, T, D)  residual stream of the backbone over T tokens               paper (E_t, h_t)
+  t      (B,)       time: masked tokens / maskable tokens                       ours
+  t_cond (B, 1, .)  what the conditioner makes of t                             paper
+  K, k              unrolled steps, and one of them                             paper
+  n_k, w_k          tokens revealed at step k, and their share of all           restated
+  z, r, n           update gate, reset gate, new value                          GRU, 1406.1078
 """
+import hashlib
 import math
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Backbone, blame, check_config, ensure, recomputed, write_atomically
+from model import Backbone, Context, blame, ensure, recomputed, write_atomically
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    d_model: int                   # D: width of the backbone
+    d_model: int                   # D
     n_slots: int                   # M
     d_slot: int                    # d
     n_head: int
-    d_time: int                    # width of the time conditioner
-    write_layer: int               # w: the Injector writes before it
-    read_layer: int                # r: the Mixer reads before it
+    d_time: int                    # width of t_cond
     n_free_head: int = 0           # heads without an anchor, see MetaState.anchors
 
 
@@ -49,10 +62,8 @@ def preset(backbone: Backbone) -> MemoryConfig:
     """The memory for a backbone: about 0.6 % of an 8B one, as large as the tiny one itself."""
     c = backbone.config
     if c.kind == "tiny":
-        return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64,
-                            write_layer=0, read_layer=c.n_layer)
-    return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256,
-                        write_layer=c.n_layer // 4, read_layer=3 * c.n_layer // 4, n_free_head=5)
+        return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64)
+    return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5)
 
 
 def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
@@ -66,7 +77,7 @@ N_FREQUENCIES = 64             # from a quarter turn over all of t to 1,000 time
 
 
 class TimeConditioner(nn.Module):
-    """t (B,) -> (B, 1, d_time): sinusoids of t, then an MLP. One for all three modules."""
+    """t (B,) -> t_cond (B, 1, d_time): sinusoids of t, then an MLP. One for all three modules."""
 
     def __init__(self, d_time: int):
         super().__init__()
@@ -80,15 +91,14 @@ class TimeConditioner(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose gain follows the time: x / rms(x) * (1 + gain(time)), in float32. Here and
-    below, time is what the conditioner makes of t, (B, 1, d_time)."""
+    """RMSNorm whose gain follows the time: x / rms(x) * (1 + gain(t_cond)), in float32."""
 
     def __init__(self, d: int, d_time: int):
         super().__init__()
         self.gain = nn.Linear(d_time, d)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        gain = self.gain(time).float()             # in bf16, 1 + gain would swallow a small one
+    def forward(self, x: Tensor, t_cond: Tensor) -> Tensor:
+        gain = self.gain(t_cond).float()           # in bf16, 1 + gain would swallow a small one
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + gain)
 
 
@@ -108,25 +118,25 @@ class CrossAttention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)      # (B, H, N, d / H)
 
-    def forward(self, target: Tensor, source: Tensor, time: Tensor, bias: Tensor) -> Tensor:
-        """target (B, Nt, d_target), source (B, Ns, d_source), time (B, 1, d_time); bias
+    def forward(self, target: Tensor, source: Tensor, t_cond: Tensor, bias: Tensor) -> Tensor:
+        """target (B, Nt, d_target), source (B, Ns, d_source), t_cond (B, 1, d_time); bias
         (B, H, Nt, Ns) adds to the scores. Returns (B, Nt, d_target)."""
-        target = self.target_norm(target, time)                        # (B, Nt, d_target)
-        source = self.source_norm(source, time)                        # (B, Ns, d_source)
+        target = self.target_norm(target, t_cond)                      # (B, Nt, d_target)
+        source = self.source_norm(source, t_cond)                      # (B, Ns, d_source)
         q = self.split_heads(self.q(target))                           # (B, H, Nt, d / H)
         k = self.split_heads(self.k(source))                           # (B, H, Ns, d / H)
         v = self.split_heads(self.v(source))                           # (B, H, Ns, d / H)
-        bias = bias.to(q.dtype).contiguous()       # the fused kernels take no transposed view
+        bias = bias.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)    # (B, H, Nt, d / H)
         return self.out(y.transpose(1, 2).flatten(2))                  # (B, Nt, d_target)
 
 
-class Mixer(CrossAttention):
-    """Slots (B, M, d) ask tokens (B, T, D): what this step is worth to the memory, (B, M, d)."""
-
-
 class Injector(CrossAttention):
     """Tokens (B, T, D) ask slots (B, M, d): what is added to the residual stream, (B, T, D)."""
+
+
+class Mixer(CrossAttention):
+    """Slots (B, M, d) ask tokens (B, T, D): what this step is worth to the memory, (B, M, d)."""
 
 
 class Updater(nn.Module):
@@ -139,14 +149,24 @@ class Updater(nn.Module):
         self.from_read = nn.Linear(c.d_slot, 3 * c.d_slot)
         self.from_slots = nn.Linear(c.d_slot, 3 * c.d_slot)
 
-    def forward(self, slots: Tensor, read: Tensor, time: Tensor) -> Tensor:
-        read = self.norm(read, time)                                   # (B, M, d)
+    def forward(self, slots: Tensor, read: Tensor, t_cond: Tensor) -> Tensor:
+        read = self.norm(read, t_cond)                                 # (B, M, d)
         read_z, read_r, read_n = self.from_read(read).chunk(3, dim=-1)         # (B, M, d) each
         slots_z, slots_r, slots_n = self.from_slots(slots).chunk(3, dim=-1)    # (B, M, d) each
         z = torch.sigmoid(read_z + slots_z)        # update gate: how much of a slot is replaced
         r = torch.sigmoid(read_r + slots_r)        # reset gate: how much of it the new value sees
         n = torch.tanh(read_n + r * slots_n)       # the new value
         return (1 - z) * slots + z * n                                 # (B, M, d)
+
+
+class Anchors(NamedTuple):
+    """Attention biases that tie the slots to places in the answer (ours)."""
+    to_slots: Tensor               # (B, H, T, M), for the Injector
+    to_tokens: Tensor              # (B, H, M, T), for the Mixer
+
+    def at(self, columns: slice) -> "Anchors":
+        """Those of some of the T tokens."""
+        return Anchors(self.to_slots[:, :, columns], self.to_tokens[..., columns].contiguous())
 
 
 class MetaState(nn.Module):
@@ -156,25 +176,25 @@ class MetaState(nn.Module):
     def __init__(self, config: MemoryConfig):
         super().__init__()
         self.config = c = config
-        self.slots = nn.Parameter(torch.empty(c.n_slots, c.d_slot))
-        self.time = TimeConditioner(c.d_time)
+        self.initial_slots = nn.Parameter(torch.empty(c.n_slots, c.d_slot))
+        self.conditioner = TimeConditioner(c.d_time)
+        self.injector = Injector(c.d_model, c.d_slot, c)
         self.mixer = Mixer(c.d_slot, c.d_model, c)
         self.updater = Updater(c)
-        self.injector = Injector(c.d_model, c.d_slot, c)
-        # How strongly a head holds to its anchor, see anchors: row 0 the Mixer's heads, row 1
-        # the Injector's.
+        # How strongly a head holds to its anchor: row 0 the Mixer's heads, row 1 the Injector's.
         self.sharpness = nn.Parameter(torch.empty(2, c.n_head))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All initialisation: every weight of size 1 / sqrt(inputs) and every bias 0, and then what
-        differs. The Injector's output is zero: an untrained memory is a no-op."""
+        """All initialisation: every weight drawn with a standard deviation of 1 / sqrt(inputs) and
+        every bias 0, and then what differs. The Injector's output is zero: an untrained memory is a
+        no-op."""
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
             else:
                 nn.init.zeros_(p)
-        nn.init.normal_(self.slots, std=0.5)
+        nn.init.normal_(self.initial_slots, std=0.5)
         nn.init.constant_(self.sharpness, 1.0)
         nn.init.zeros_(self.sharpness[:, :self.config.n_free_head])
         for module in self.modules():
@@ -184,76 +204,67 @@ class MetaState(nn.Module):
 
     def initial(self, batch: int) -> Tensor:
         """The learned slots before the first step, (B, M, d)."""
-        return self.slots.expand(batch, -1, -1)
+        return self.initial_slots.expand(batch, -1, -1)
 
-    def anchors(self, maskable: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention biases of Mixer (B, H, M, T) and Injector (B, H, T, M).
+    def anchors(self, maskable: Tensor, attention_mask: Tensor | None = None) -> Anchors:
+        """The anchors of a canvas, for all of its steps (ours). maskable (B, T) bool: the positions
+        of the answer; attention_mask (B, T): 0 at padding, which the Mixer does not see.
 
-        The slots are anchored evenly along the maskable positions, so that each looks first at
-        its own stretch of the answer: -(sharpness * distance) ** 2, distance in units of slots.
-        Prompt and padding do not move the anchors: they all stand just before the answer. A free
-        head (sharpness 0) sees all alike, and stays free: at 0 the square has no slope.
+        The slots stand evenly along the maskable positions, so that each looks first at its own
+        stretch of the answer: -(sharpness * distance) ** 2, distance in units of slots. Prompt and
+        padding do not move the anchors: they all stand just before the answer. A free head
+        (sharpness 0) sees all alike, and stays free: at 0 the square has no slope.
         """
         M = self.config.n_slots
         n_maskable = maskable.sum(1, keepdim=True).clamp(min=1)        # (B, 1)
         fraction = (maskable.cumsum(1) - 0.5) / n_maskable             # (B, T) of the answer
-        token_place = fraction * M - 0.5                               # (B, T)
+        token_place = fraction * M - 0.5                               # (B, T), in slots
         slot_place = torch.arange(M, device=maskable.device)           # (M,)
         distance = token_place[:, None, None, :] - slot_place[:, None]         # (B, 1, M, T)
         mixer_sharpness, injector_sharpness = self.sharpness[:, :, None, None]     # (H, 1, 1)
         to_tokens = -(mixer_sharpness * distance) ** 2                 # (B, H, M, T)
-        to_slots = -(injector_sharpness * distance) ** 2               # (B, H, M, T)
-        return to_tokens, to_slots.mT
+        to_slots = -(injector_sharpness * distance.mT) ** 2            # (B, H, T, M)
+        if attention_mask is not None:
+            is_padding = attention_mask[:, None, None, :] == 0         # (B, 1, 1, T)
+            to_tokens = to_tokens.masked_fill(is_padding, float("-inf"))
+        # the fused kernels of attention take no transposed view
+        return Anchors(to_slots.contiguous(), to_tokens)
 
-    def step(self, backbone: Backbone, ids: Tensor, slots: Tensor, *, maskable: Tensor,
-             wanted: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def step(self, backbone: Backbone, ids: Tensor, slots: Tensor, *, t: Tensor, anchors: Anchors,
+             context: Context) -> tuple[Tensor, Tensor]:
         """One denoising step, as drawn above.
 
-        ids, attention_mask (B, T); slots (B, M, d); maskable (B, T) bool: the positions that began
-        masked; wanted (B, T) bool: where logits are wanted. Returns h (N, D) for backbone.head and
-        the new slots (B, M, d).
+        ids (B, T); slots (B, M, d); t (B,), see masked_fraction; anchors and context: those of the
+        canvas, the same in all of its steps. Returns h (B, T, D) for backbone.pick and the new
+        slots (B, M, d).
         """
-        c = self.config
-        with torch.no_grad():              # nothing below the Injector is trained
-            h, context = backbone.embed(ids, attention_mask)           # (B, T, D)
-            h = backbone.run(h, context, 0, c.write_layer)             # (B, T, D)
-
-        to_tokens, to_slots = self.anchors(maskable)                   # (B, H, M, T), (B, H, T, M)
-        if context.key_mask is not None:
-            to_tokens = to_tokens.masked_fill(~context.key_mask, float("-inf"))
-
+        h = backbone.embed(ids)                                        # (B, T, D)
         # The memory's weights are float32; they compute in the backbone's precision.
         precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
         # Recomputed as the layers are: else every step of an unroll would keep bf16 copies of them.
         recompute = backbone.recompute
-        with precision:
-            t = masked_fraction(ids, maskable, backbone.config.mask_id)            # (B,)
-            time = self.time(t)                                                    # (B, 1, d_time)
 
-            # 1. write: every token asks the slots, and what they say joins the residual stream
-            written = recomputed(self.injector, h, slots, time, to_slots,          # (B, T, D)
-                                 enabled=recompute)
+        # 1. write: every token asks the slots, and what they say joins its embedding
+        with precision:
+            t_cond = self.conditioner(t)                               # (B, 1, d_time)
+            written = recomputed(self.injector, h, slots, t_cond, anchors.to_slots,
+                                 enabled=recompute)                    # (B, T, D)
         h = h + written.to(h.dtype)                                    # (B, T, D)
 
-        # 2. run: the layers between work with what was written
-        h = backbone.run(h, context, c.write_layer, c.read_layer)      # (B, T, D)
+        # 2. run: the frozen layers work with what was written
+        h = backbone.run(h, context)                                   # (B, T, D)
 
+        # 3. read: every slot asks the tokens
         with precision:
-            # 3. read: every slot asks the tokens
-            read = recomputed(self.mixer, slots, h, time, to_tokens,               # (B, M, d)
-                              enabled=recompute)
+            read = recomputed(self.mixer, slots, h, t_cond, anchors.to_tokens,
+                              enabled=recompute)                       # (B, M, d)
 
             # 4. update: every slot takes of it what its gates let through
-            new_slots = recomputed(self.updater, slots, read, time, enabled=recompute)  # (B, M, d)
-
-        # 5. run on to the top
-        h = backbone.run(h, context, c.read_layer, len(backbone.layers))           # (B, T, D)
-        return backbone.pick(h, wanted), new_slots                     # (N, D), (B, M, d)
+            slots = recomputed(self.updater, slots, read, t_cond, enabled=recompute)   # (B, M, d)
+        return h, slots
 
 
 # ------------------------------------------------------------------------------- SAVE AND LOAD
-
-GIVE_CHECKPOINT = "give a checkpoint that train.py wrote"
 
 
 def save_checkpoint(path: Path, model: nn.Module, **more: object) -> None:
@@ -264,34 +275,32 @@ def save_checkpoint(path: Path, model: nn.Module, **more: object) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote; nothing in the file is executed. Raises InputError."""
-    with blame(path, GIVE_CHECKPOINT):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"model", "config", "settings"} <= state.keys():
-            raise ValueError("it is no checkpoint of train.py")
-    return state
+    """What save_checkpoint wrote, and the file's digest; nothing in it is executed. Raises
+    InputError."""
+    with blame(path, "give a checkpoint that train.py wrote"):
+        data = path.read_bytes()
+        state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        return state | {"digest": hashlib.sha256(data).hexdigest()[:16]}
 
 
 def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -> MetaState:
     """The memory of a checkpoint, on the backbone's device, in eval mode. Raises InputError for a
     memory that was trained on another backbone, unless any_backbone says that this is meant."""
-    state = load_checkpoint(path)
-    with blame(path, GIVE_CHECKPOINT):
+    return memory_of(load_checkpoint(path), path, backbone, any_backbone)
+
+
+def memory_of(state: dict, path: Path, backbone: Backbone, any_backbone: bool) -> MetaState:
+    """load_memory for a checkpoint that has been read, from path."""
+    with blame(path, "give a memory that train.py wrote, of this version"):
+        trained_on = state["backbone"]
+        ensure(any_backbone or trained_on["digest"] == backbone.digest(), f"{path} was trained on "
+               f"another backbone, {trained_on['name']}; give that by --init, or --any-backbone if "
+               "you know better")
         config = MemoryConfig(**state["config"])
-        check_config(config)
-        same_backbone = state["backbone"]["digest"] == backbone.digest()
-        name = state["backbone"]["name"]
-        ensure(same_backbone or any_backbone, f"{path} was trained on another backbone, {name}; "
-               "give that by --init, or --any-backbone if you know better")
         ensure(config.d_model == backbone.config.d_model, f"{path} is for a backbone of width "
                f"{config.d_model}, not {backbone.config.d_model}; give the right --init")
-        layers_fit = config.write_layer <= config.read_layer <= len(backbone.layers)
-        heads_fit = config.n_head > 0 and config.d_slot % config.n_head == 0
-        if not (layers_fit and heads_fit):
-            raise ValueError(f"its config does not fit together, {config}")
-        with torch.device("meta"):         # no size in the file is believed before its tensors are
-            memory = MetaState(config)
-        memory.load_state_dict(state["model"], assign=True)
-        if not all(p.isfinite().all() for p in memory.parameters()):
-            raise ValueError("it has weights that are not finite")
-    return memory.to(backbone.embedding.weight.device, torch.float32).eval()
+        memory = MetaState(config)
+        memory.load_state_dict(state["model"])
+        ensure(all(p.isfinite().all() for p in memory.parameters()),
+               f"{path} has weights that are not finite; go back to another checkpoint")
+    return memory.to(backbone.device, torch.float32).eval()

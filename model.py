@@ -1,11 +1,12 @@
 """The backbone as it comes off the shelf: architecture, released weights, tokeniser.
 
 One bidirectional pre-norm transformer, of which the tiny default, LLaDA-8B (arXiv 2502.09992) and
-Dream-7B (arXiv 2508.15487) are configurations. A pass is four plain calls, so that a memory can
-stand between any two layers without hooks:
+Dream-7B (arXiv 2508.15487) are configurations. What all layers share is made once; then a pass is
+four plain calls, so that a memory can stand between them without hooks:
 
-    h, context = backbone.embed(ids, attention_mask)    # (B, T) -> (B, T, D)
-    h = backbone.run(h, context, 0, n_layer)            # any range of layers
+    context = backbone.context(ids, attention_mask)     # positions and padding, for many passes
+    h = backbone.embed(ids)                             # (B, T) -> (B, T, D)
+    h = backbone.run(h, context)                        # all layers, (B, T, D)
     h = backbone.pick(h, wanted)                        # (N, D), aligned with the tokens it scores
     logits = backbone.head(h)                           # (N, V)
 
@@ -13,22 +14,18 @@ The order of casts is part of each model: bf16 logits equal those of the origina
 Read down to the line WEIGHTS first; the rest is files and names.
 """
 import hashlib
-import http.client
 import json
-import math
 import os
 import re
 import shutil
-import socket
 import sys
 import time
 import unicodedata
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
+from urllib.request import urlopen
 
 import numpy as np
 import tiktoken
@@ -37,37 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-try:
-    import fcntl
-except ImportError:                # Windows has no such locks
-    fcntl = None
-
-
-class InputError(Exception):
-    """Bad input, in one sentence: what was found, what was expected, what to do."""
-
-
-def ensure(condition: object, message: str) -> None:
-    if not condition:
-        raise InputError(message)
-
-
-@contextmanager
-def blame(source: object, advice: str) -> Iterator[None]:
-    """Whatever fails inside is the fault of source, a file for example: an InputError says so."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        if isinstance(error, KeyError):
-            reason = f"no {reason}"
-        first_sentence = re.split(r"\.\s|\n", reason)[0]
-        raise InputError(f"{source} cannot be used ({first_sentence}); {advice}")
-
-
 # -------------------------------------------------------------------------------- ARCHITECTURE
+
 
 @dataclass(frozen=True)
 class Config:
@@ -100,28 +68,6 @@ TINY = Config("tiny", vocab_size=304, n_layer=1, n_head=4, n_kv_head=4, d_model=
               shift=False, mask_id=302, eos_id=303, pad_id=303)
 
 
-class Preset(NamedTuple):
-    config: Config
-    repository: str | None         # on huggingface.co
-
-
-PRESETS = {
-    "tiny": Preset(TINY, None),
-    "llada-base": Preset(LLADA, "GSAI-ML/LLaDA-8B-Base"),
-    "llada": Preset(LLADA, "GSAI-ML/LLaDA-8B-Instruct"),
-    "llada-1.5": Preset(LLADA, "GSAI-ML/LLaDA-1.5"),
-    "dream-base": Preset(DREAM, "Dream-org/Dream-v0-Base-7B"),
-    "dream": Preset(DREAM, "Dream-org/Dream-v0-Instruct-7B"),
-}
-
-
-class AttentionContext(NamedTuple):
-    """What the attention of every layer shares."""
-    cos: Tensor                    # (1 or B, 1, T, head_dim)
-    sin: Tensor                    # (1 or B, 1, T, head_dim)
-    key_mask: Tensor | None        # (B, 1, 1, T) bool, False at padding
-
-
 class RMSNorm(nn.Module):
     """Statistics in float32, cast back (both within F.rms_norm), then the weight: the order of both
     originals."""
@@ -136,7 +82,8 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, float32. position: (1 or B, T)."""
+    """cos and sin of every position's angles, float32. position: (1 or B, T). theta: the base, by
+    whose powers the frequencies fall."""
     exponent = torch.arange(0, head_dim, 2, device=position.device).float() / head_dim
     frequency = 1.0 / theta ** exponent                            # (head_dim / 2,)
     angle = position[:, None, :, None].float() * frequency         # (B, 1, T, head_dim / 2)
@@ -145,11 +92,40 @@ def rotary_tables(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split rotary embedding by +theta, in the dtype of the tables. x: (B, H, T, head_dim)."""
+    """Half-split rotary embedding by +angle, in the dtype of the tables. x: (B, H, T, head_dim)."""
     y = x.to(cos.dtype)
     first, second = y.chunk(2, dim=-1)                             # each (B, H, T, head_dim / 2)
     turned = torch.cat((-second, first), dim=-1)                   # (B, H, T, head_dim)
     return (y * cos + turned * sin).to(x.dtype)
+
+
+class Context(NamedTuple):
+    """What the attention of every layer shares, for any number of passes over one canvas.
+
+    With a cache a pass may run some columns of the canvas only, see at: they attend to all, by the
+    keys and values that the last pass over the whole canvas left (Fast-dLLM's dual cache, arXiv
+    2505.22618).
+    """
+    cos: Tensor                    # (1 or B, 1, T, head_dim)
+    sin: Tensor                    # (1 or B, 1, T, head_dim)
+    key_mask: Tensor | None        # (B, 1, 1, T) bool, False at padding
+    cache: list[list[Tensor]] | None = None    # keys and values (B, n_kv_head, T, head_dim) of
+                                   # every layer
+    columns: slice | None = None   # what this pass runs; None: the whole canvas
+
+    def at(self, columns: slice) -> "Context":
+        """The context of a pass over these columns."""
+        return self._replace(cos=self.cos[:, :, columns], sin=self.sin[:, :, columns],
+                             columns=columns)
+
+    def merged(self, kept: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
+        """Keys and values of the whole canvas: those of this pass, elsewhere those kept."""
+        if self.columns is None:
+            kept[:] = k, v
+        else:
+            for old, new in zip(kept, (k, v)):
+                old[:, :, self.columns] = new
+        return kept
 
 
 class Layer(nn.Module):
@@ -174,12 +150,14 @@ class Layer(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, heads, T, head_dim)
 
-    def forward(self, h: Tensor, context: AttentionContext) -> Tensor:
-        cos, sin, key_mask = context
+    def forward(self, h: Tensor, context: Context, kept: list[Tensor] | None = None) -> Tensor:
+        cos, sin, key_mask = context[:3]
         x = self.attn_norm(h)                                          # (B, T, D)
         q = rotate(self.split_heads(self.q(x)), cos, sin)              # (B, n_head, T, head_dim)
         k = rotate(self.split_heads(self.k(x)), cos, sin)              # (B, n_kv_head, T, head_dim)
         v = self.split_heads(self.v(x))                                # as k
+        if kept is not None:
+            k, v = context.merged(kept, k, v)                          # T of the whole canvas
         y = F.scaled_dot_product_attention(q, k, v, key_mask, enable_gqa=self.grouped)     # as q
         h = h + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
         x = self.mlp_norm(h)
@@ -202,40 +180,50 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False         # True: trade time for memory in training, layer by layer
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        table = torch.empty(config.vocab_size, config.d_model)         # drawn below
+        self.embedding = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for p in self.parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:         # what is loaded needs no draws
                 nn.init.normal_(p, std=0.1)
 
-    def embed(self, ids: Tensor, attention_mask: Tensor | None = None
-              ) -> tuple[Tensor, AttentionContext]:
-        """ids (B, T), attention_mask (B, T) with 0 at padding -> h (B, T, D) and what all layers
-        share. Dream counts positions from the first real token, LLaDA from the first column."""
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def context(self, ids: Tensor, attention_mask: Tensor | None = None, *, cache: bool = False
+                ) -> Context:
+        """What all passes over a canvas share. ids (B, T): their values do not matter;
+        attention_mask (B, T): 0 at padding. Dream counts positions from the first real token, LLaDA
+        from the first column."""
         c = self.config
-        h = self.embedding(ids)                                        # (B, T, D)
-        position = torch.arange(ids.shape[1], device=ids.device)[None]     # (1, T)
+        position = torch.arange(ids.shape[1], device=ids.device)[None]         # (1, T)
         key_mask = None
         if attention_mask is not None:
-            key_mask = attention_mask.bool()[:, None, None, :]         # (B, 1, 1, T)
+            key_mask = attention_mask.bool()[:, None, None, :]                 # (B, 1, 1, T)
             if c.kind == "dream":
-                position = attention_mask.long().cumsum(1) - 1         # (B, T)
+                position = attention_mask.long().cumsum(1) - 1                 # (B, T)
         cos, sin = rotary_tables(position, c.d_model // c.n_head, c.rope_theta)
-        dtype = torch.float32 if c.rope_fp32 else h.dtype
-        return h, AttentionContext(cos.to(dtype), sin.to(dtype), key_mask)
+        dtype = torch.float32 if c.rope_fp32 else self.lm_head.weight.dtype
+        kept = [[] for _ in self.layers] if cache else None
+        return Context(cos.to(dtype), sin.to(dtype), key_mask, kept)
 
-    def run(self, h: Tensor, context: AttentionContext, start: int, stop: int) -> Tensor:
-        """Layers start..stop-1 on the residual stream h (B, T, D)."""
-        for layer in self.layers[start:stop]:
-            h = recomputed(layer, h, context, enabled=self.recompute)
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> h (B, T, D), the residual stream before the first layer."""
+        return self.embedding(ids)
+
+    def run(self, h: Tensor, context: Context) -> Tensor:
+        """All layers on the residual stream h (B, T, D)."""
+        for layer, kept in zip(self.layers, context.cache or [None] * len(self.layers)):
+            h = recomputed(layer, h, context, kept, enabled=self.recompute)
         return h
 
     def pick(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
         (B, T): (N, D), or (B, T, D) without."""
-        if self.config.shift:
+        if self.config.shift:          # nothing stands before the first column: it keeps its own
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)                # (B, T, D)
         return h if wanted is None else h[wanted]
 
@@ -246,12 +234,11 @@ class Backbone(nn.Module):
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None,
                 wanted: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or (N, V) where wanted; logits[:, i] scores token i, for Dream too."""
-        h, context = self.embed(ids, attention_mask)
-        h = self.run(h, context, 0, len(self.layers))
+        h = self.run(self.embed(ids), self.context(ids, attention_mask))
         return self.head(self.pick(h, wanted))
 
     def compile_layers(self) -> None:
-        """torch.compile, layer by layer: one graph serves them all, the memory stays between."""
+        """torch.compile, layer by layer: one graph serves them all, the memory stays outside."""
         for layer in self.layers:
             layer.compile()
 
@@ -265,10 +252,74 @@ class Backbone(nn.Module):
         return sha.hexdigest()[:16]
 
 
+# ---------------------------------------------------------------------------------- BAD INPUT
+# One mechanism: whatever goes wrong with a file or a value reaches the end of the program as one
+# sentence, see sample.run_program.
+
+class InputError(Exception):
+    """Bad input, in one sentence: what was found, what was expected, what to do."""
+
+
+def ensure(condition: object, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@contextmanager
+def blame(source: object, advice: str = "") -> Iterator[None]:
+    """Whatever fails inside is the fault of source, a file for example: an InputError says so."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{source} cannot be used ({reason(error)}){advice and '; ' + advice}")
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of what Python, torch or a server say."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    elif hasattr(error, "read"):               # a server's refusal, with its own words
+        text = f"{text}: {re.sub('<.*', '', error.read(300).decode(errors='replace'))}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return re.split(r"\.\s|\n", text.strip().replace(":\n\t", ": "))[0]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------- WEIGHTS
 # A checkpoint folder holds config.json, *.safetensors (with or without an index) and the
-# tokeniser's files. Our names and theirs, to be found with grep:
+# tokeniser's files.
 
+class Release(NamedTuple):
+    config: Config
+    repository: str                # on huggingface.co
+
+
+RELEASES = {
+    "llada-base": Release(LLADA, "GSAI-ML/LLaDA-8B-Base"),
+    "llada": Release(LLADA, "GSAI-ML/LLaDA-8B-Instruct"),
+    "llada-1.5": Release(LLADA, "GSAI-ML/LLaDA-1.5"),
+    "dream-base": Release(DREAM, "Dream-org/Dream-v0-Base-7B"),
+    "dream": Release(DREAM, "Dream-org/Dream-v0-Instruct-7B"),
+}
+
+# Our names and theirs, to be found with grep:
 CONFIG_KEYS = {
     "llada": {
         "vocab_size": "embedding_size",
@@ -300,6 +351,7 @@ CONFIG_KEYS = {
     },
 }
 CONFIG_FIXED = {                   # under other settings theirs is not the architecture above
+    "tiny": {},
     "llada": {
         "block_type": "llama", "activation_type": "silu", "layer_norm_type": "rms",
         "rope": True, "alibi": False, "include_bias": False, "attention_layer_norm": False,
@@ -307,7 +359,7 @@ CONFIG_FIXED = {                   # under other settings theirs is not the arch
     },
     "dream": {
         "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None,
-        "use_sliding_window": False, "use_mrope": False,
+        "rope_type": "default", "use_sliding_window": False, "use_mrope": False,
     },
 }
 MODULE_NAMES = {                   # with .weight or .bias at the end on both sides
@@ -341,7 +393,6 @@ MODULE_NAMES = {                   # with .weight or .bias at the end on both si
     },
 }
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FETCH_AGAIN = "fetch it again"
 
 
 def original_name(kind: str, name: str) -> str:
@@ -355,93 +406,79 @@ def original_name(kind: str, name: str) -> str:
 
 
 def read_json(path: Path) -> dict:
-    with blame(path, FETCH_AGAIN):
+    with blame(path):
         value = json.loads(path.read_bytes())
-    ensure(isinstance(value, dict), f"{path} holds no JSON object; {FETCH_AGAIN}")
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
     return value
-
-
-def check_config(config: Any) -> None:
-    """Every field of a dataclass that came from a file must be of its type, and every number of a
-    sane size. Raises ValueError."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        expected = int | float if field.type is float else field.type      # JSON may say 5 for 5.0
-        sound = isinstance(value, expected)
-        if isinstance(value, bool):        # Python counts it among the ints
-            sound = field.type is bool
-        elif isinstance(value, int | float):
-            sound = sound and 0 <= value < 2 ** 31                         # nan is neither
-        if not sound:
-            raise ValueError(f"{field.name} = {value!r} is no sound value")
 
 
 def read_config(folder: Path) -> Config:
     """The architecture that a folder's config.json describes. Raises InputError."""
     path = folder / "config.json"
     entries = read_json(path)
+    entries |= entries.pop("rope_parameters", None) or {}      # where transformers 5 has them
     kind = str(entries.pop("model_type", None)).lower()
-    ensure(kind in ("tiny", *CONFIG_KEYS), f"{path} has model_type {kind!r}; give a folder of "
-           "LLaDA, Dream or a tiny run")
-    for key, want in CONFIG_FIXED.get(kind, {}).items():
+    ensure(kind in CONFIG_FIXED, f"{path} has model_type {kind!r}; give a folder of LLaDA, Dream "
+           "or a tiny run")
+    for key, want in CONFIG_FIXED[kind].items():
         ensure(entries.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
-    with blame(path, FETCH_AGAIN):
+    with blame(path):
         if kind == "tiny":
-            c = Config(**entries)
-        else:
-            if entries.get("embedding_size") is None:
-                entries["embedding_size"] = entries["vocab_size"]
-            values = {ours: entries[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
-            c = replace(LLADA if kind == "llada" else DREAM, **values)
-        check_config(c)
-        sizes = (c.vocab_size, c.n_layer, c.n_head, c.n_kv_head, c.d_model, c.d_ff)
-        positive = min(*sizes, c.norm_eps, c.rope_theta) > 0           # before they divide
-        heads_fit = positive and c.d_model % (2 * c.n_head) == 0 and c.n_head % c.n_kv_head == 0
-        ids_fit = max(c.mask_id, c.eos_id, c.pad_id) < c.vocab_size
-        if not (heads_fit and ids_fit and c.kind == kind):
-            raise ValueError(f"its values do not fit together, {c}")
-    return c
+            return Config(**entries)
+        entries["embedding_size"] = entries.get("embedding_size") or entries["vocab_size"]
+        values = {ours: entries[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
+        wrong = [CONFIG_KEYS[kind][ours] for ours, value in values.items()
+                 if not 0 <= value < 2 ** 31]                  # nan is neither
+        ids = [values["mask_id"], values["eos_id"], values["pad_id"]]
+        if wrong or max(ids) >= values["vocab_size"]:
+            raise ValueError(f"{wrong or 'a token id'} is out of range")
+        return replace(LLADA if kind == "llada" else DREAM, **values)
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object; json.loads alone would take the last of two entries of one name."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError("a name stands twice in its header")
-    return entries
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a file."""
+    path: Path
+    dtype: torch.dtype
+    shape: list[int]
+    start: int                     # bytes
+    n_bytes: int
+
+    def read(self) -> Tensor:
+        data = np.fromfile(self.path, np.uint8, self.n_bytes, offset=self.start)
+        return torch.from_numpy(data).view(self.dtype).view(self.shape)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name, mapped into memory and not read yet.
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, not read yet.
 
     The file: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape,
-    data_offsets}}, the tensors without gap or overlap. Raises InputError for anything else.
+    data_offsets}}, the tensors. Raises InputError for a file that is cut short or another thing.
     """
-    with blame(path, FETCH_AGAIN):
+    with blame(path), open(path, "rb") as file:
         size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:      # of exabytes perhaps
-                raise ValueError(f"{size:,} bytes hold no header of {length:,}")
-            header = json.loads(file.read(length), object_pairs_hook=unique_keys)
+        first = file.read(8)
+        if first == b"version ":
+            raise ValueError("it is git-lfs's pointer to a file, not the file: run git lfs pull")
+        end_of_header = 8 + int.from_bytes(first, "little")
+        if end_of_header > size:
+            raise ValueError(f"{size:,} bytes do not hold its header")
+        header = json.loads(file.read(end_of_header - 8))
         header.pop("__metadata__", None)
-        data = np.memmap(path, np.uint8, mode="c", offset=8 + length)
         tensors = {}
-        end = 0                        # of the bytes that are accounted for
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"tensor {name!r} is {entry['dtype']}, perhaps quantised, where "
+                                 f"{', '.join(DTYPES)} are read")
+            dtype = DTYPES[entry["dtype"]]
             start, stop = entry["data_offsets"]
-            # the product as a float: text is refused, and hostile sizes cannot grow for hours
-            n_bytes = math.prod(shape, start=float(dtype.itemsize))
-            whole_numbers = all(type(n) is int for n in (start, stop, *shape))
-            if not whole_numbers or start != end or stop - start != n_bytes:
-                raise ValueError(f"tensor {name!r} has an unsound entry")
-            if stop > len(data):
-                raise ValueError(f"its {size:,} bytes end within tensor {name!r}")
-            tensors[name] = torch.from_numpy(data[start:stop]).view(dtype).view(shape)
-            end = stop
-        if end != len(data):
-            raise ValueError(f"{len(data):,} bytes follow its header, which describes {end:,}")
+            n_bytes = 1.0 * dtype.itemsize     # no float: a shape of text or of huge numbers
+            for n in entry["shape"]:
+                n_bytes *= n
+            if stop - start != n_bytes or not 0 <= start <= stop <= size - end_of_header:
+                raise ValueError(f"{size:,} bytes do not hold tensor {name!r}")
+            tensors[name] = StoredTensor(path, dtype, entry["shape"], end_of_header + start,
+                                         stop - start)
     return tensors
 
 
@@ -450,45 +487,45 @@ def shard_paths(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    with blame(index, FETCH_AGAIN):
-        names = set(read_json(index)["weight_map"].values())
-        if any(os.path.basename(name) != name for name in names):
-            raise ValueError("it has other than plain file names")
-    return [folder / name for name in sorted(names)]
+    with blame(index):
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
 
 
-def load_backbone(path_or_preset: str | Path, *, device: str | torch.device = "cpu",
+def load_backbone(path_or_release: str | Path, *, device: str | torch.device = "cpu",
                   dtype: torch.dtype | None = None) -> Backbone:
-    """The frozen backbone of a checkpoint folder or preset, in eval mode. Headers and shapes are
-    checked first; then every tensor goes from the mapped file to its place on the device, one at a
-    time. dtype: by default the file's, which is bfloat16 for the released ones. Raises InputError
-    for files that do not fit."""
-    folder = find_weights(path_or_preset)
+    """The frozen backbone of a checkpoint folder or release, in eval mode. Headers and shapes are
+    checked first; then every tensor goes to its place on the device, one at a time. dtype: by
+    default that of config.json, or of most tensors. Raises InputError for files that do not fit."""
+    folder = find_weights(path_or_release)
     config = read_config(folder)
-    tensors: dict[str, Tensor] = {}
+    stored = {}
     for path in shard_paths(folder):
-        for name, tensor in read_safetensors(path).items():
-            ensure(name not in tensors, f"{path} repeats tensor {name!r} of another file")
-            tensors[name] = tensor
-    ensure(config.n_layer <= len(tensors), f"{folder} has {len(tensors)} tensors, too few for the "
-           f"{config.n_layer} layers of its config.json; {FETCH_AGAIN}")
+        stored |= read_safetensors(path)
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+    ensure(stored, f"{folder} has no tensors in *.safetensors, only {files}; give a folder of the "
+           "released layout")
+    ensure(config.n_layer <= len(stored), f"{folder} has {len(stored)} tensors, too few for the "
+           f"{config.n_layer} layers of its config.json")
 
-    with blame(folder / "config.json", FETCH_AGAIN), torch.device("meta"):
+    with blame(folder / "config.json"), torch.device("meta"):
         backbone = Backbone(config)    # shapes without memory
     names = [original_name(config.kind, name) for name, _ in backbone.named_parameters()]
     expected = {name: list(p.shape) for name, p in zip(names, backbone.parameters())}
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     for name in sorted(expected | shapes):
         ensure(shapes.get(name) == expected.get(name), f"{folder} has shape {shapes.get(name)} for "
-               f"tensor {name!r} where config.json has {expected.get(name)}; fetch a folder whose "
-               "config.json and weights belong together")
+               f"tensor {name!r} where its config.json wants {expected.get(name)}; give a folder "
+               "whose config.json and weights belong together")
 
-    dtype = dtype or next(iter(tensors.values())).dtype
-    backbone = backbone.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    places = dict(zip(names, backbone.parameters()))
-    for name in list(tensors):         # file by file: one leaves our memory before the next comes
-        places[name].copy_(tensors.pop(name))
-    return backbone
+    if dtype is None:
+        entries = read_json(folder / "config.json")
+        stored_dtypes = [tensor.dtype for tensor in stored.values()]
+        name = entries.get("torch_dtype") or entries.get("dtype")      # the newer name
+        dtype = getattr(torch, str(name), max(stored_dtypes, key=stored_dtypes.count))
+    weights = {ours: stored[name].read().to(device, dtype)
+               for (ours, _), name in zip(backbone.named_parameters(), names)}
+    backbone.load_state_dict(weights, assign=True)
+    return backbone.requires_grad_(False).eval()
 
 
 def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
@@ -511,182 +548,98 @@ def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
         write_atomically(folder / name, data)
 
 
-# --------------------------------------------------------------------------------------- FILES
+# ------------------------------------------------------------------------------------ DOWNLOAD
 
-WRITABLE = "give a path that can be written"
-
-
-def temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def check_output(path: Path) -> None:
-    """Raise InputError where a file could not be written: before hours of work, not after. Only a
-    plain file is ever replaced, no folder, link or device."""
-    with blame(path, WRITABLE):
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ValueError("it is there and no plain file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary(path).touch()
-        temporary(path).unlink()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises InputError where that fails."""
-    check_output(path)
-    part = temporary(path)
-    with blame(path, WRITABLE):
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path, wait: bool, message: str) -> Iterator[None]:
-    """The block for one process of this machine at a time. The lock dies with its process. Where
-    another holds it: wait, or raise InputError with the message."""
-    with blame(path, "give a folder that can be written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "ab")
-    with file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                ensure(wait, message)
-                print(message, file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def fetched(path: Path, fetch: Callable[[Path], None]) -> Path:
-    """path, which fetch(path) makes where it is not there: once, by one process of the machine."""
-    if not path.exists():
-        with locked(path.with_name("lock"), wait=True,
-                    message=f"waiting: another process fetches {path.parent}"):
-            if not path.exists():      # made while we waited
-                fetch(path)
-    return path
+def variable(name: str, default: str | Path) -> Path:
+    """A folder that the environment may name, with ~ and $VARIABLES in it."""
+    return Path(os.path.expandvars(os.environ.get(name) or default)).expanduser()
 
 
 def cache_folder() -> Path:
-    with blame("the home folder", "set XDG_CACHE_HOME to a folder for downloads"):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metastate"
+    return variable("XDG_CACHE_HOME", "~/.cache") / "metastate"
 
 
-def retry(what: str, attempt: Callable[[], Any]) -> Any:
-    """attempt(), again after what may pass soon: 429, a server's error, a broken transfer. Raises
-    InputError at once where there is no connection or the server refuses, else after the last."""
-    for pause in (2, 8, 30, 60, None):                 # seconds
-        try:
-            return attempt()
-        except urllib.error.HTTPError as error:
-            trouble = f"{error.code} {error.reason}"
-            ensure(error.code == 429 or error.code >= 500, f"{what} is refused ({trouble}); check "
-                   "the address, and HF_TOKEN where one is needed")
-            asked = error.headers.get("Retry-After", "")
-            if pause and asked.isdecimal():            # it may be a date, too
-                pause = min(int(asked), 600)
-        except urllib.error.URLError as error:
-            raise InputError(f"{what} cannot be reached ({error.reason}); check the connection")
-        except Exception as error:                     # cut short, or of another hash
-            trouble = str(error) or type(error).__name__
-        ensure(pause is not None, f"{what} could not be fetched ({trouble}); run again to go on")
-        print(f"{what}: {trouble}; again in {pause} s", file=sys.stderr)
-        time.sleep(pause)
-
-
-def fetch_json(url: str) -> tuple[Any, http.client.HTTPMessage]:
-    """The JSON value at url, and the headers that came with it. Sends HF_TOKEN when it is set."""
-    with blame(url, "check HF_ENDPOINT and HF_DATASETS_SERVER"):
-        request = urllib.request.Request(url)
-    token = os.environ.get("HF_TOKEN")
-    if token:
-        request.add_unredirected_header("Authorization", f"Bearer {token}")
-
-    def attempt() -> tuple[Any, http.client.HTTPMessage]:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.loads(response.read()), response.headers
-
-    return retry(url.split("?")[0], attempt)
-
-
-def download(url: str, path: Path, sha256: str | None = None, git_blob: str | None = None) -> None:
-    """Fetch url into path, whole or not at all, checked by its sha256 or its git blob id."""
-    part = path.with_name(path.name + ".part")         # not checked yet
-    socket.setdefaulttimeout(60)                       # torch.hub waits for ever otherwise
-
-    def attempt() -> None:
-        torch.hub.download_url_to_file(url, str(part), hash_prefix=sha256)
-        if git_blob:
-            data = part.read_bytes()
-            found = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            if found != git_blob:
-                raise ValueError(f"{len(data)} bytes came with another hash")
-        os.replace(part, path)
-
-    with blame(path.parent, "give a folder that can be written by XDG_CACHE_HOME"):
+def fetched(path: Path, fetch: Callable[[Path], None]) -> Path:
+    """path, which fetch(path) makes where it is not there: by one process of the machine, for which
+    the others that torchrun started wait."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        while not path.exists():
+            time.sleep(1)
+    elif not path.exists():
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        if offline:
+            raise ValueError("it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
         path.parent.mkdir(parents=True, exist_ok=True)
-    retry(url, attempt)
+        fetch(path)
+    return path
 
 
-def find_weights(path_or_preset: str | Path) -> Path:
-    """The checkpoint folder: the one given, that in the Hugging Face cache, or our own download.
-    Raises InputError where there is none and none can be fetched."""
-    preset = PRESETS.get(str(path_or_preset))
-    if preset is None or preset.repository is None:
-        folder = Path(path_or_preset)
-        ensure(folder.is_dir(), f"there is no folder {folder}; give one, or one of "
-               f"{', '.join(PRESETS)} (tiny: made by python train.py)")
-        return folder
-
-    name = preset.repository.replace("/", "--")
-    home = Path(os.environ.get("HF_HOME") or cache_folder().parent / "huggingface")
-    cached = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name}"
-    revision = cached / "refs" / "main"
-    if revision.is_file():
-        snapshot = cached / "snapshots" / revision.read_text().strip()
-        shards = shard_paths(snapshot)
-        if shards and all(path.exists() for path in [snapshot / "config.json", *shards]):
-            return snapshot
-
-    try:
-        complete = fetched(cache_folder() / name / "complete",
-                           lambda path: download_repository(preset.repository, path.parent))
-    except InputError as error:
-        raise InputError(f"the weights of {path_or_preset} could not be fetched: {error}; give a "
-                         "folder that holds them by --weights")
-    return complete.parent
+def fetch_json(url: str) -> tuple[Any, dict[str, str]]:
+    """The JSON value at url, and the headers that came with it."""
+    with urlopen(url, timeout=60) as response:
+        return json.load(response), response.headers
 
 
-def download_repository(repository: str, folder: Path) -> None:
-    """Fetch a model's config, weights and tokeniser into folder, file by file, at one revision.
-    What is there already is not fetched again; the file "complete" comes last."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+def download(url: str, path: Path, sha256: str | None = None) -> None:
+    """Fetch url into path, whole or not at all, checked by its sha256."""
+    torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+
+
+def find_weights(name: str | Path) -> Path:
+    """The checkpoint folder of that name: a folder; or of a release, or of ORGANISATION/MODEL on
+    the hub, the one in the Hugging Face cache, or our own download. Raises InputError where there
+    is none and none can be fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    known = RELEASES.get(str(name))
+    repository = known.repository if known else str(name)
+    ensure(re.fullmatch(r"[\w.-]+/[\w.-]+", repository), f"there is no folder {name}; give one, one "
+           f"of {', '.join(RELEASES)}, or ORGANISATION/MODEL on the hub")
+
+    hub_cache = variable("HF_HUB_CACHE", variable("HF_HOME", "~/.cache/huggingface") / "hub")
+    cached = hub_cache / f"models--{repository.replace('/', '--')}"
+    for folder in sorted(cached.glob("snapshots/*"), key=os.path.getmtime, reverse=True):
+        shards = shard_paths(folder)
+        if shards and all(path.exists() for path in [folder / "config.json", *shards]):
+            return folder
+
+    advice = (f"there is no folder {name} either; give a folder, set HF_ENDPOINT to a mirror, or "
+              f"run: hf download {repository}")
+    with blame(f"the download of {repository}", advice):
+        marker = cache_folder() / repository.replace("/", "--") / "complete"
+        return fetched(marker, lambda path: fetch_repository(repository, path)).parent
+
+
+def fetch_repository(repository: str, marker: Path) -> None:
+    """Fetch a model's config, weights and tokeniser, file by file, and last the marker. What is
+    there already is not fetched again."""
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     listing, _ = fetch_json(f"{hub}/api/models/{repository}?blobs=true")
-    with blame(f"the list of files of {repository}", "check HF_ENDPOINT"):
-        revision = listing["sha"]
-        files = [file for file in listing["siblings"]
-                 if re.fullmatch(r"\w[\w.-]*\.(json|safetensors|txt)", file["rfilename"])]
-        missing = [file for file in files if not (folder / file["rfilename"]).exists()]
-        total = sum(file["size"] for file in missing)
-        # of a large file the hub knows the sha256, of others git's own hash
-        hashes = [{"sha256": file["lfs"]["sha256"]} if file.get("lfs")
-                  else {"git_blob": file["blobId"]} for file in missing]
-    free = shutil.disk_usage(folder).free
-    ensure(free > total, f"{folder} has {free / 1e9:.1f} GB free where {total / 1e9:.1f} are needed"
-           "; make room, or set XDG_CACHE_HOME")
-    print(f"{repository}: {len(missing)} files, {total / 1e9:.1f} GB, into {folder}",
-          file=sys.stderr)
-    for file, known_hash in zip(missing, hashes):
-        url = f"{hub}/{repository}/resolve/{revision}/{file['rfilename']}"
-        download(url, folder / file["rfilename"], **known_hash)
-    (folder / "complete").write_text(revision)
+    files = [file for file in listing["siblings"]
+             if re.fullmatch(r"[\w.-]+\.(json|safetensors|txt)", file["rfilename"])]
+    files.sort(key=lambda file: file["rfilename"] != "config.json")    # this first
+
+    def is_missing(file: dict) -> bool:
+        path = marker.parent / file["rfilename"]
+        return not path.exists() or path.stat().st_size != file["size"]        # cut short
+
+    missing = [file for file in files if is_missing(file)]
+    n_bytes = sum(file["size"] for file in missing)
+    free = shutil.disk_usage(marker.parent).free
+    ensure(free > n_bytes, f"{marker.parent} has {free / 1e9:.1f} GB free where {n_bytes / 1e9:.1f} "
+           "are needed; make room, or set XDG_CACHE_HOME")
+    print(f"{repository}: {n_bytes / 1e9:.1f} GB into {marker.parent}", file=sys.stderr)
+    for file in files:
+        name = file["rfilename"]
+        sha256 = (file.get("lfs") or {}).get("sha256")         # small files have none
+        url = f"{hub}/{repository}/resolve/{listing['sha']}/{name}"
+        if file in missing:
+            download(url, marker.parent / name, sha256)
+        if is_missing(file):
+            raise ValueError(f"the connection broke at {name}; run again to go on")
+        if name == "config.json":
+            read_config(marker.parent)                         # refuses what is not implemented
+    marker.write_text(listing["sha"])
 
 
 # ----------------------------------------------------------------------------------- TOKENISER
@@ -700,28 +653,40 @@ PATTERNS = {
 
 
 class Template(NamedTuple):
-    """A chat: its beginning, every message, and where the assistant begins to speak."""
+    """A chat: its beginning, every message, and where the assistant begins to speak; the beginning
+    of plain text; and the tokens that end an answer."""
     start: str
     message: str
     answer: str
+    plain: str
+    ends: tuple[str, ...]
 
 
 TEMPLATES = {
-    "llada": Template("<|startoftext|>",
-                      "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
-                      "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "dream": Template("", "<|im_start|>{role}\n{content}<|im_end|>\n", "<|im_start|>assistant\n"),
-    "tiny": Template("", "{content}\nAnswer:", ""),
+    "llada": Template(
+        start="<|startoftext|>",
+        message="<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
+        answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        plain="", ends=("<|endoftext|>", "<|eot_id|>")),
+    "dream": Template(
+        start="", message="<|im_start|>{role}\n{content}<|im_end|>\n",
+        answer="<|im_start|>assistant\n",
+        plain="<|beginoftext|>", ends=("<|endoftext|>", "<|im_end|>")),
+    "tiny": Template(start="", message="{content}\nAnswer:", answer="",
+                     plain="", ends=("<|endoftext|>",)),
 }
 
 
 class Tokenizer:
     """Text <-> ids around a tiktoken.Encoding, with the model's chat template."""
 
-    def __init__(self, kind: str, encoding: tiktoken.Encoding, hidden: set[int], nfc: bool):
+    def __init__(self, kind: str, encoding: tiktoken.Encoding, special: dict[str, int],
+                 hidden: set[int], nfc: bool):
         self.kind = kind
+        self.template = TEMPLATES[kind]
         self.encoding = encoding
         self.hidden = hidden           # control tokens, which a reader does not want to see
+        self.ends = {special[token] for token in self.template.ends if token in special}
         self.nfc = nfc                 # normalise text first
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -744,20 +709,28 @@ class Tokenizer:
         pieces = [self.token_bytes(i) for i in ids if i not in hidden]
         return b"".join(pieces).decode("utf-8", "replace")
 
+    def answer(self, ids: list[int]) -> str:
+        """Text of an answer, which the first end-of-text or end-of-turn ends."""
+        length = next((n for n, i in enumerate(ids) if i in self.ends), len(ids))
+        return self.decode(ids[:length], skip_special=True)
+
+    def plain(self, text: str) -> list[int]:
+        """Prompt ids of a text that a base model goes on with."""
+        return self.encode(self.template.plain) + self.encode(text, special=False)
+
     def chat(self, messages: list[dict[str, str]], special: bool = False) -> list[int]:
         """Prompt ids of messages [{role, content}], ending where the assistant speaks. By default
         roles and contents are plain text: no user can write a control token."""
-        template = TEMPLATES[self.kind]
         if self.kind == "llada":
             messages = [m | {"content": m["content"].strip()} for m in messages]
         if self.kind == "dream" and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": "You are a helpful assistant."}, *messages]
-        ids = self.encode(template.start)
+        ids = self.encode(self.template.start)
         for message in messages:
-            for part in re.split(r"(<\|\w+\|>)", template.message):
+            for part in re.split(r"(<\|\w+\|>)", self.template.message):
                 is_control = part.startswith("<|")
                 ids += self.encode(part.format(**message), special or is_control)
-        return ids + self.encode(template.answer)
+        return ids + self.encode(self.template.answer)
 
 
 def tiny_tokenizer(words: list[str]) -> Tokenizer:
@@ -772,7 +745,7 @@ def tiny_tokenizer(words: list[str]) -> Tokenizer:
     pattern = "|".join([*map(re.escape, words), r"[\s\S]"])
     encoding = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens=special)
-    return Tokenizer("tiny", encoding, set(special.values()), nfc=False)
+    return Tokenizer("tiny", encoding, special, set(special.values()), nfc=False)
 
 
 def bytes_of_characters() -> dict[str, int]:
@@ -798,7 +771,7 @@ def byte_pair_tokenizer(kind: str, vocab: dict[str, int], merges: list, added: l
     hidden = {token["id"] for token in added if token["special"]}
     encoding = tiktoken.Encoding(kind, pat_str=PATTERNS[kind], mergeable_ranks=ranks,
                                  special_tokens=special)
-    return Tokenizer(kind, encoding, hidden, nfc)
+    return Tokenizer(kind, encoding, special, hidden, nfc)
 
 
 def read_llada_tokenizer(folder: Path) -> Tokenizer:
@@ -820,12 +793,12 @@ def read_dream_tokenizer(folder: Path) -> Tokenizer:
     return byte_pair_tokenizer("dream", read_json(folder / "vocab.json"), merges, added, nfc=True)
 
 
-def load_tokenizer(path_or_preset: str | Path) -> Tokenizer:
-    """The tokeniser of a checkpoint folder or preset. LLaDA and tiny: tokenizer.json; Dream:
+def load_tokenizer(path_or_release: str | Path) -> Tokenizer:
+    """The tokeniser of a checkpoint folder or release. LLaDA and tiny: tokenizer.json; Dream:
     vocab.json, merges.txt, tokenizer_config.json. Raises InputError for files of another form."""
-    folder = find_weights(path_or_preset)
+    folder = find_weights(path_or_release)
     config = read_config(folder)
-    with blame(f"the {config.kind} tokeniser in {folder}", "fetch its files again"):
+    with blame(f"the {config.kind} tokeniser in {folder}"):
         if config.kind == "llada":
             tokenizer = read_llada_tokenizer(folder)
         elif config.kind == "dream":

@@ -1,69 +1,113 @@
-"""Write answers with a trained memory: python sample.py [--prompt TEXT] [--show-steps]
+"""Write answers with a trained memory: python sample.py [PROMPT] [--show-steps]
 
-Takes the newest run in out/, else the trained tiny model that comes with this repository; or --init
-llada, dream, ... and --memory FILE. --think N lets the memory work for N passes before the first
-token is written. --infill completes an answer with blanks, --html writes a page of every pass.
+Takes the tiny model that comes with this repository, or --init: a run's folder, llada, dream, ...
+--think N lets the memory work for N passes before the first token is written. --infill completes an
+answer with blanks.
 
 The other programs take from here what they share: options, opening models, the end of a program.
 """
-import os
-import signal
-import sys
-
-if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
-import codecs
-import hashlib
-import json
+import os
 import re
 import shutil
+import sys
 import textwrap
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import REMASKING, Pass, Sampling, generate
-from metastate import GIVE_CHECKPOINT, MetaState, load_checkpoint, load_memory
-from model import (PRESETS, Backbone, InputError, Tokenizer, blame, check_output, ensure,
-                   load_backbone, load_tokenizer, read_config, write_atomically)
+from diffusion import REMASKING, Report, Sampling, generate
+from metastate import MetaState, load_checkpoint, memory_of
+from model import (RELEASES, Backbone, Config, InputError, Tokenizer, blame, ensure, find_weights,
+                   load_backbone, load_tokenizer, read_config, reason)
 
-ASSETS = Path(__file__).parent / "assets"
+# ------------------------------------------------------------------------ THE BUILT-IN PROBLEMS
+# A dial shows a digit, and each button has a rule that takes every digit to another. The rules are
+# fixed random permutations, so that nothing shortens the chain of look-ups.
+
+BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
+BUTTON_RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
+PRESSES = 4
+N_PROBLEMS = 10 * len(BUTTONS) ** PRESSES
+SPLIT_ORDER = 41                       # seed of the order that the splits cut up
+SPLITS = {"test": slice(1000), "valid": slice(1000, 2000), "train": slice(2000, N_PROBLEMS)}
+# Every word of a problem is one token.
+WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
+         "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
+DIAL_LENGTH = 20                       # tokens of the longest answer, its end and one more
+
+
+def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
+    """{question, answer} for a digit and the numbers of the buttons pressed."""
+    names = ", then press ".join(BUTTONS[i] for i in pressed)
+    question = f"The dial shows {digit}. Press {names}."
+    hops = []
+    for i in pressed:
+        digit = BUTTON_RULES[i][digit]
+        hops.append(f" {BUTTONS[i]} gives {digit}")
+    return {"question": question, "answer": f"{','.join(hops)}.\n#### {digit}"}
+
+
+def dial_problems(split: str, n: int | None = None) -> list[dict[str, str]]:
+    """The first n problems of a split. All that exist stand in one fixed random order which the
+    splits cut up: no question is in two of them."""
+    order = np.random.default_rng(SPLIT_ORDER).permutation(N_PROBLEMS)
+    numbers = order[SPLITS[split]][:n]                 # digit + 10 * (button + 8 * (button + ...
+    shape = [10] + [len(BUTTONS)] * PRESSES
+    columns = np.unravel_index(numbers, shape, order="F")
+    return [dial_problem(digit, pressed) for digit, *pressed in np.transpose(columns).tolist()]
+
+
+def dial_answer(question: str) -> str | None:
+    """The answer to a dial problem, or None for any other text."""
+    match = re.fullmatch(r"The dial shows (\d)\. Press (\w+(?:, then press \w+)*)\.", question)
+    names = match[2].split(", then press ") if match else []
+    if len(names) != PRESSES or not set(names) <= set(BUTTONS):
+        return None
+    return dial_problem(int(match[1]), [BUTTONS.index(name) for name in names])["answer"]
+
 
 # -------------------------------------------------------------------- WHAT ALL PROGRAMS SHARE
 
 
 def run_program(main: Callable[[], None], if_interrupted: str) -> None:
-    """Call a program's main. Bad input, lack of memory and Ctrl-C end it with one sentence and exit
-    status 1, after Ctrl-C 130. A mistake of ours is a traceback."""
-    if sys.stdout is None or sys.stderr is None:
-        sys.exit("error: standard output or error is closed; lead it to a file, or to /dev/null")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")           # a terminal may know ASCII only
+    """Call a program's main. Whatever goes wrong ends it with one sentence and exit status 1, after
+    Ctrl-C 130. TRACEBACK=1 in the environment shows where it went wrong."""
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="replace")       # a terminal may know ASCII only
         main()
-        sys.stdout.flush()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        print(end="", flush=True)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)   # no second one cuts this short
         print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        is_named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not is_named and "can't allocate memory" not in str(error):     # the CPU's allocator
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
             raise
-        sys.exit("error: the memory of this machine or device is too small; take smaller batches, "
-                 "a shorter --max-length or --gen-length")
-    except OSError as error:           # without a name: a closed pipe, a full disk under stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(f"error: {error.filename or 'the output'} cannot be used ({error.strerror})")
+        if isinstance(error, OSError) and error.filename is None:      # a closed pipe, a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: {sentence(error)}")
+
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory", "invalid buffer size",
+                 "alloc_failed")       # as torch says it for CUDA, CPU and MPS
+
+
+def sentence(error: Exception) -> str:
+    """What a user needs to know of an error."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, MemoryError) or any(x in str(error).lower() for x in OUT_OF_MEMORY):
+        return ("the memory of this machine or device is too small; take smaller batches, a shorter "
+                "--max-length or --gen-length")
+    if isinstance(error, OSError):
+        return f"{'' if error.filename else 'the output: '}{reason(error)}"
+    return f"{type(error).__name__}: {reason(error)} (TRACEBACK=1 in the environment shows where)"
 
 
 def between(kind: type, low: float, high: float) -> Callable[[str], int | float]:
@@ -80,8 +124,9 @@ def between(kind: type, low: float, high: float) -> Callable[[str], int | float]
 
 COUNT = between(int, 1, 10 ** 9)
 COUNT_OR_ZERO = between(int, 0, 10 ** 9)
+LENGTH = between(int, 1, 10 ** 5)      # tokens, or passes
 SEED = between(int, 0, 2 ** 32)
-SHARE = between(float, 0, 1)
+FRACTION = between(float, 0, 1)
 POSITIVE = between(float, 1e-30, 1e30)
 NOT_NEGATIVE = between(float, 0, 1e6)
 
@@ -92,15 +137,20 @@ class Processes(NamedTuple):
     world: int
 
 
-def start_device(name: str | None) -> tuple[torch.device, Processes]:
-    """The device, the best there is without a name. Under torchrun the process group is opened."""
+def start_device(name: str | None, kind: str) -> tuple[torch.device, Processes]:
+    """The device, the best there is without a name, for a model of that kind. Under torchrun the
+    process group is opened."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {name}", f"try --device {best}"):
+    with blame(f"--device {name or best}", "try --device cpu"):
         device = torch.device(name or best)
         if device == torch.device("cuda"):             # no index: every process has its own
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()           # there are devices without numbers, too
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    if kind == "tiny" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)       # the threads of a tiny model wait for each other more than
+                                       # they work; one gives the same numbers to the bit everywhere
     with blame("RANK and WORLD_SIZE", "start by torchrun, or unset them"):
         processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
         if processes.world > 1:
@@ -112,6 +162,10 @@ def start_device(name: str | None) -> tuple[torch.device, Processes]:
 
 # ------------------------------------------------------------------------------ OPENING MODELS
 
+ASSETS = Path(__file__).parent / "assets"
+TRAINED_LENGTH = {"llada": 4096, "dream": 2048}        # tokens of prompt and answer
+
+
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda, mps (default: the best there is)")
@@ -120,64 +174,49 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models").add_argument
-    add("--init", metavar="MODEL", help=f"{', '.join(PRESETS)}, a run's folder or a checkpoint "
-        "folder (default: the newest run in out/, else assets/tiny)")
-    add("--weights", type=Path, metavar="FOLDER", help="the weights of --init, else found or "
-        "downloaded")
+    add("--init", metavar="MODEL", help=f"tiny (the model in assets/tiny, the default), "
+        f"{', '.join(RELEASES)}, ORGANISATION/MODEL on the hub, a run's folder or a checkpoint "
+        "folder")
+    add("--weights", metavar="FOLDER", help="the weights of --init, where they lie elsewhere")
     add("--memory", type=Path, metavar="FILE", help="a memory.pt that train.py wrote")
     add("--no-memory", action="store_true", help="the frozen backbone alone")
     add("--any-backbone", action="store_true", help="take a memory trained on another backbone")
+    add("--chat", action=argparse.BooleanOptionalAction, help="put the prompt as a turn of a chat "
+        "(default: unless the model's name says base)")
     add_device_options(parser)
 
 
 class Choice(NamedTuple):
-    """Which models were asked for; no backbone is loaded or fetched yet."""
-    name: str                          # a preset's, or a folder
-    weights: str | Path                # where they are from: a preset's name, or a folder
-    memory: Path | None
-
-    @property
-    def kind(self) -> str:
-        if str(self.weights) in PRESETS:
-            return PRESETS[str(self.weights)].config.kind
-        return read_config(Path(self.weights)).kind
-
-
-def newest_memory() -> Path:
-    """Of the runs in out/; before any training, that of this repository."""
-    runs = Path("out").glob("*/memory.pt")
-    path = max(runs, key=lambda path: path.stat().st_mtime, default=ASSETS / "tiny" / "memory.pt")
-    print(f"model: {path.parent}", file=sys.stderr)
-    return path
+    """Which models were asked for; no backbone is loaded yet."""
+    name: str                          # of the backbone: a release, a folder, ORGANISATION/MODEL
+    weights: str                       # where its weights are
+    kind: str
+    chat: bool
+    memory_path: Path | None
+    checkpoint: dict | None            # what memory_path holds
 
 
 def choose_models(args: argparse.Namespace) -> Choice:
-    """What the options of add_model_options mean."""
-    # 1. the memory: the one given, that of the run --init, or the newest
-    memory = args.memory
-    name = None if args.init == "tiny" else args.init      # None: that of the memory
-    if memory is None and name is None:
-        memory = newest_memory()
-    elif memory is None and (Path(name) / "memory.pt").is_file():
-        memory = Path(name) / "memory.pt"
-        name = None
-
-    # 2. the backbone: the one given, else the one that the memory was trained on
-    if memory:
-        state = load_checkpoint(memory)
-        with blame(memory, GIVE_CHECKPOINT):
-            trained_on = str(state["backbone"]["name"])
-        name = name or trained_on
-        ensure(args.init != "tiny" or name == "tiny", f"{memory} was trained on {name}, not on a "
-               f"tiny backbone; give --init {name}, or the folder of a tiny run")
-
-    # 3. its weights: those of a tiny one lie beside its memory
-    weights = args.weights or name
-    if weights == "tiny":
-        weights = memory.parent / "backbone"
-    ensure(str(weights) in PRESETS or Path(weights).is_dir(), f"there is no backbone in {weights}; "
-           f"give --init a run's folder, a checkpoint folder, or one of {', '.join(PRESETS)}")
-    return Choice(name, weights, None if args.no_memory else memory)
+    """What the options of add_model_options mean, and say it."""
+    init = args.init or ("tiny" if args.memory is None else None)
+    run = ASSETS / "tiny" if init == "tiny" else Path(init or args.memory.parent)
+    memory_path = args.memory
+    name = init
+    if memory_path is None and (run / "memory.pt").is_file():
+        memory_path = run / "memory.pt"
+        name = None                    # the backbone is the one that it was trained on
+    checkpoint = load_checkpoint(memory_path) if memory_path else None
+    if name is None:
+        with blame(memory_path, "give a checkpoint that train.py wrote"):
+            name = checkpoint["backbone"]["name"]
+    weights = args.weights or (str(run / "backbone") if name == "tiny" else name)
+    known = RELEASES.get(weights)
+    kind = known.config.kind if known else read_config(find_weights(weights)).kind
+    chat = args.chat if args.chat is not None else "base" not in Path(name).name.lower()
+    if args.no_memory:
+        memory_path = None
+    print(f"model: {name} from {weights}, memory: {memory_path}", file=sys.stderr)
+    return Choice(name, weights, kind, chat, memory_path, checkpoint)
 
 
 class Models(NamedTuple):
@@ -190,21 +229,32 @@ class Models(NamedTuple):
 def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) -> Models:
     """Load what was chosen; weights that are not on this machine are fetched first."""
     backbone = load_backbone(choice.weights, device=device)
-    tokenizer = load_tokenizer(choice.weights)
     if args.compile:
         backbone.compile_layers()
-    memory, memory_digest = None, None
-    if choice.memory:
-        memory = load_memory(choice.memory, backbone, any_backbone=args.any_backbone)
-        memory_digest = hashlib.sha256(choice.memory.read_bytes()).hexdigest()[:16]
-    identity = {"init": choice.name, "backbone": backbone.digest(), "memory": memory_digest}
-    return Models(backbone, tokenizer, memory, identity)
+    memory = None
+    identity = {"init": choice.name, "backbone": backbone.digest(), "memory": None}
+    if choice.memory_path:
+        memory = memory_of(choice.checkpoint, choice.memory_path, backbone, args.any_backbone)
+        identity["memory"] = choice.checkpoint["digest"]
+    return Models(backbone, load_tokenizer(choice.weights), memory, identity)
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    """Ids of a prompt: as the user's turn of a chat, or as text that a base model goes on with."""
+    return tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.plain(text)
+
+
+def warn_of_length(c: Config, length: int) -> None:
+    limit = TRAINED_LENGTH.get(c.kind, length)
+    if length > limit:
+        print(f"note: {length:,} tokens of prompt and answer, where the model was trained on "
+              f"{limit:,}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- SAMPLING OPTIONS
 
 SAMPLING_DEFAULTS = {
-    "tiny": dict(gen_length=20, steps=5),
+    "tiny": dict(gen_length=DIAL_LENGTH, steps=5),
     "llada": dict(gen_length=128, block_length=32),
     "dream": dict(gen_length=128, remasking="entropy"),
 }
@@ -213,14 +263,17 @@ SAMPLING_DEFAULTS = {
 def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     """An option for each field of Sampling; None where it was not given."""
     add = parser.add_argument_group(f"sampling (default: {default})").add_argument
-    add("--gen-length", type=between(int, 1, 10 ** 5), help="tokens of the answer")
-    add("--steps", type=between(int, 1, 10 ** 5), help="passes that reveal tokens")
+    add("--gen-length", type=LENGTH, help="tokens of the answer")
+    add("--steps", type=LENGTH, help="passes that reveal tokens")
     add("--block-length", type=COUNT, help="write the answer block by block")
+    add("--cache", action="store_true", default=None,
+        help="run only the block after its first pass (Fast-dLLM's dual cache): faster, not exact")
     add("--think", type=between(int, 0, 10 ** 5), help="passes before the first token is revealed")
-    add("--threshold", type=SHARE, help="reveal whatever is surer, in as many passes as it takes")
-    add("--remasking", choices=REMASKING, help="how tokens are chosen")
+    add("--threshold", type=FRACTION,
+        help="reveal every token with at least this confidence, in as many passes as that takes")
+    add("--remasking", choices=REMASKING, help="how the tokens to reveal are chosen")
     add("--temperature", type=NOT_NEGATIVE, help="0: the likeliest token")
-    add("--top-p", type=SHARE, help="for Dream's ways of remasking, as the next two")
+    add("--top-p", type=FRACTION, help="for Dream's ways of remasking, as the next two")
     add("--top-k", type=COUNT)
     add("--alg-temp", type=NOT_NEGATIVE, help="reveal at random, the surer the sooner")
     add("--cfg-scale", type=NOT_NEGATIVE, help="guidance by the prompt")
@@ -255,188 +308,131 @@ def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
 # --------------------------------------------------------------------------- WATCHING A SAMPLE
 
 MASKED = "\u2591"
+N_BARS = 8                             # so that a line of the built-in problems fits 80 columns
 
 
-def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text of every token. A character of several tokens, an emoji for example, stands at its
-    last one; control tokens have no text."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return ["" if i in tokenizer.hidden else decoder.decode(tokenizer.token_bytes(i)) for i in ids]
+class Printer:
+    """Prints every pass over the first sample: the answer, and how much the memory changed."""
 
-
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
-
-
-def last_number(text: str) -> float | None:
-    numbers = re.findall(NUMBER, text)
-    return float(re.sub("[$,]", "", numbers[-1])) if numbers else None
-
-
-def is_right(text: str, answer: str) -> bool:
-    """Whether the last number of a text is that of the answer: 18, 18.00, $18 and 18. are equal."""
-    number = last_number(text)
-    return number is not None and number == last_number(answer)
-
-
-def rounded(values: Tensor) -> list[float]:
-    return [round(x, 3) for x in values.nan_to_num().tolist()]
-
-
-class Recorder:
-    """Keeps what happens to the first sample, pass by pass, as the page wants it."""
-
-    def __init__(self, models: Models, memory: MetaState | None, n_prompt: int,
-                 answer: str | None, remasking: str, show: bool):
-        self.remasking = remasking
+    def __init__(self, models: Models, n_prompt: int):
         self.tokenizer = models.tokenizer
         self.mask_id = models.backbone.config.mask_id
-        self.slots = memory.initial(1)[0] if memory else None          # (M, d)
+        self.slots = models.memory.initial(1)[0] if models.memory else None    # (M, d)
         self.n_prompt = n_prompt
-        self.answer = answer
-        self.show = show
-        self.passes: list[dict] = []
+        self.n_passes = 0
+        bars = "" if self.slots is None else f"{'change':{N_BARS}} "
+        print(f"   {bars}answer, in brackets while it is only thought")
 
-    def on_step(self, canvas: Tensor, this_pass: Pass) -> None:
-        if not this_pass.eligible[0].any():
+    def on_step(self, canvas: Tensor, report: Report) -> None:
+        if not report.eligible[0].any():
             return                     # it is done, and waits for other samples
-        part = slice(self.n_prompt, None)              # the answer
-        texts = token_texts(self.tokenizer, this_pass.guess[0, part].tolist())
-        strength = this_pass.confidence[0]                             # (T,)
-        if self.remasking == "entropy":    # below 0; its exponential is like a probability
-            strength = strength.exp() * this_pass.eligible[0]
-        right = None if self.answer is None else is_right("".join(texts), self.answer)
-        self.passes.append({
-            "texts": texts,
-            "masked": (canvas[0, part] == self.mask_id).tolist(),
-            "revealed": this_pass.revealed[0, part].tolist(),
-            "strength": rounded(strength[part]),
-            "change": [] if self.slots is None else self.slot_changes(this_pass.slots[0]),
-            "right": right,            # if it ended here
-        })
-        if self.show:
-            print_pass(len(self.passes), self.passes[-1])
+        self.n_passes += 1
+        bars = "" if self.slots is None else self.slot_bars(report.slots[0]) + " "
+        if report.revealed[0].any():
+            text = self.text(canvas[0, self.n_prompt:].tolist())
+        else:
+            text = "(" + self.text(report.guess[0, self.n_prompt:].tolist()) + ")"
+        begin = f"{self.n_passes:2d} {bars}"
+        width = max(40, shutil.get_terminal_size().columns)
+        print(textwrap.fill(text, width, initial_indent=begin, subsequent_indent=" " * len(begin)))
 
-    def slot_changes(self, slots: Tensor) -> list[float]:
-        """By how much each slot (M, d) has changed since the last call, against its length."""
-        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)       # (M,)
+    def text(self, ids: list[int]) -> str:
+        """An answer on one line, with a block for every mask."""
+        hidden = self.tokenizer.hidden - {self.mask_id}
+        text = self.tokenizer.decode([i for i in ids if i not in hidden])
+        text = text.replace(self.tokenizer.decode([self.mask_id]), MASKED)
+        return text.strip().replace("\n", " ") or "nothing"
+
+    def slot_bars(self, slots: Tensor) -> str:
+        """By how much the slots (M, d) have changed since the last pass, against their length: a
+        bar for some of them, first to last."""
+        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)   # (M,)
         self.slots = slots
-        return rounded(change)
-
-
-def print_pass(number: int, record: dict) -> None:
-    if number == 1:
-        print("pass |how much each slot of the memory changes| the answer;\n"
-              "in brackets: not written, only thought")
-    if any(record["revealed"]):
-        texts = [MASKED if masked else text
-                 for text, masked in zip(record["texts"], record["masked"])]
-        answer = "".join(texts)
-    else:
-        answer = "(" + "".join(record["texts"]).strip() + ")"
-    bars = "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * x))] for x in record["change"])
-    begin = f"{number:4d} |{bars}| "
-    width = max(40, shutil.get_terminal_size().columns - 1)
-    print(textwrap.fill(answer.replace("\n", " / "), width, initial_indent=begin,
-                        subsequent_indent=" " * len(begin), drop_whitespace=False) or begin)
-
-
-def write_page(path: Path, content: dict) -> None:
-    """The page of a sample: the template with the content in it, as one file."""
-    template = (ASSETS / "page.html").read_text("utf-8")
-    text = json.dumps(content).replace("<", "\\u003c")         # no text can end the script
-    write_atomically(path, template.replace('"CONTENT"', text, 1).encode())
+        groups = change.nan_to_num().tensor_split(min(N_BARS, len(change)))
+        return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * group.mean().item()))] for group in groups)
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
 
-ARITHMETIC = ("Lily runs 12 kilometers per hour for 4 hours. How far is that?", "48")
-EXAMPLES = {                           # prompt, answer
-    "tiny": ("The dial shows 4. Press blue, then press red, then press black, then press pink.",
-             "0"),
-    "llada": ARITHMETIC,
-    "dream": ARITHMETIC,
+EXAMPLES = {
+    "tiny": "The dial shows 4. Press blue, then press red, then press black, then press pink.",
+    "llada": "Lily runs 12 kilometers per hour for 4 hours. How far is that?",
+    "dream": "Lily runs 12 kilometers per hour for 4 hours. How far is that?",
 }
+BLANK = r" ?(?<!\w)_(?!\w)"            # no part of a word; the space before it is part of its token
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="The tiny model knows one kind of problem: "
+        f"'{EXAMPLES['tiny']}' with any four of {', '.join(BUTTONS)}.")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", default=argparse.SUPPRESS)
     add_model_options(parser)
     add = parser.add_argument_group("text").add_argument
-    add("--prompt", help="what the user says (default: an example)")
-    add("--answer", help="the number that is right, for the page (default: the example's)")
-    add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _")
+    add("--prompt", help="what the user says, also without --prompt (default: an example)")
+    add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _ that "
+        "stands alone")
     add("--num-samples", type=between(int, 1, 10 ** 4), default=1)
-    add("--show-steps", action="store_true", help="print every pass, and the change of each slot")
-    add("--html", type=Path, metavar="FILE", help="write every pass as a page")
+    add("--show-steps", action="store_true", help="print every pass, and how much the memory "
+        "changes in it, from the first slots to the last")
     add_sampling_options(parser, "the model's own")
     return parser.parse_args()
 
 
 def infill_ids(tokenizer: Tokenizer, text: str, mask_id: int) -> list[int]:
-    """Ids of an answer with a mask for each _."""
-    ids = []
-    for part in re.split("(_)", text):
-        ids += [mask_id] if part == "_" else tokenizer.encode(part, special=False)
+    """Ids of an answer with a mask for each blank."""
+    pieces = [tokenizer.encode(piece, special=False) for piece in re.split(BLANK, text)]
+    ids = pieces[0]
+    for piece in pieces[1:]:
+        ids = ids + [mask_id] + piece
     return ids
 
 
 def main() -> None:
-    # 1. everything that can be wrong without a model
+    # 1. what can be wrong without a model
     args = arguments()
     choice = choose_models(args)
-    prompt, answer = EXAMPLES[choice.kind] if args.prompt is None else (args.prompt, None)
-    if args.answer is not None:
-        answer = args.answer
-        ensure(last_number(answer) is not None, f"--answer {answer!r} holds no number; give the "
-               "number that is right")
+    prompt = EXAMPLES[choice.kind] if args.prompt is None else args.prompt
     defaults = {"remasking": Sampling.remasking, **SAMPLING_DEFAULTS[choice.kind]}
+    usual_length = defaults["gen_length"]
     if args.infill is not None:
-        n_blanks = args.infill.count("_")
-        ensure(n_blanks, "--infill has no blank; write one _ for each token to fill in")
+        n_blanks = len(re.findall(BLANK, args.infill))
+        ensure(n_blanks, "--infill has no blank; write a _ that stands alone for each token to "
+               "fill in")
         ensure(args.gen_length is None and args.block_length is None, "--infill says how long the "
                "answer is; omit --gen-length and --block-length")
         defaults = dict(remasking=defaults["remasking"], gen_length=0, steps=n_blanks)
     settings = sampling_settings(args, defaults)
-    if args.html:
-        check_output(args.html)
 
-    # 2. the answers: for the page also those without the memory
-    device, _ = start_device(args.device)
+    # 2. the prompt, and the answer as far as it is given
+    device, _ = start_device(args.device, choice.kind)
     models = open_models(choice, args, device)
-    ids = models.tokenizer.chat([{"role": "user", "content": prompt}])
+    c = models.backbone.config
+    ids = prompt_ids(models.tokenizer, prompt, choice.chat)
     n_prompt = len(ids)
     if args.infill is not None:
-        ids += infill_ids(models.tokenizer, args.infill, models.backbone.config.mask_id)
+        ids += infill_ids(models.tokenizer, args.infill, c.mask_id)
         # it ends as answers do in training: with end-of-text, up to the usual length
-        n_missing = n_prompt + SAMPLING_DEFAULTS[choice.kind]["gen_length"] - len(ids)
-        ids += [models.backbone.config.eos_id] * max(0, n_missing)
-    prompt_ids = torch.tensor([ids] * args.num_samples, device=device)         # (B, P)
-    seeds = range(args.seed, args.seed + args.num_samples)
-    memories = [models.memory]
-    if args.html and models.memory:
-        memories.append(None)
-    print(prompt)
-    runs = []
-    for memory in memories:
-        is_first = not runs
-        recorder = Recorder(models, memory, n_prompt, answer, settings["remasking"],
-                            show=args.show_steps and is_first)
-        canvas = generate(models.backbone, prompt_ids, memory=memory, answer_start=n_prompt,
-                          seeds=seeds, on_step=recorder.on_step, **settings)
-        if is_first:
-            for row in canvas[:, n_prompt:].tolist():
-                print(models.tokenizer.decode(row, skip_special=True))
-        runs.append({"name": "with memory" if memory else "without memory",
-                     "right": recorder.passes[-1]["right"], "passes": recorder.passes})
+        ids += [c.eos_id] * (n_prompt + usual_length - len(ids))
+    warn_of_length(c, len(ids) + settings["gen_length"])
+    batch = torch.tensor([ids] * args.num_samples, device=device)      # (B, P)
 
-    # 3. the page
-    if args.html:
-        memory_name = choice.memory and f"{choice.memory.parent.name}/{choice.memory.name}"
-        about = {"memory": memory_name, "seed": args.seed, **settings}
-        about = ", ".join([choice.name, *(f"{key} {value}" for key, value in about.items())])
-        write_page(args.html, {"prompt": prompt, "answer": answer, "about": about,
-                               "think": settings.get("think", 0), "runs": runs})
-        print(f"{args.html}: open it in a browser", file=sys.stderr)
+    # 3. the answers
+    print(prompt)
+    on_step = Printer(models, n_prompt).on_step if args.show_steps else None
+    canvas = generate(models.backbone, batch, memory=models.memory, answer_start=n_prompt,
+                      seeds=range(args.seed, args.seed + args.num_samples), on_step=on_step,
+                      **settings)
+    right = dial_answer(prompt)
+    for row in canvas[:, n_prompt:].tolist():
+        text = models.tokenizer.answer(row)
+        verdict = ""
+        if choice.kind == "tiny" and right:
+            verdict = "  (right)" if text == right else f"  (wrong: {right.split()[-1]})"
+        print(text + verdict)
+    if choice.kind == "tiny" and not right:
+        print(f"note: the tiny model knows problems such as '{EXAMPLES['tiny']}' only, with any "
+              f"four of {', '.join(BUTTONS)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,22 @@
 """Train the memory of a frozen backbone: python train.py [--init llada]
 
 Without arguments, on any machine: trains the tiny backbone on the built-in problems, freezes it,
-trains MetaState on it by K-step unrolling and the same modules without persistence as a control,
-evaluates all of them and prints tables. With --init llada or dream: fetches the weights and
-50,000 conversations of Tulu-3, and trains the memory. torchrun --nproc-per-node N train.py ...
-shares every batch out. All random draws follow from seed, step and row, so that a resumed run, or
-one on more processes, sees what an uninterrupted one sees.
+trains MetaState on it by K-step unrolling, and prints a table with its controls. With --init llada
+or dream: fetches the weights and 50,000 conversations of Tulu-3, and trains the memory. torchrun
+--nproc-per-node N train.py ... shares every batch out. All random draws follow from seed and
+iteration, so that a resumed run, or one on more processes, sees what an uninterrupted one sees.
 """
-import os
-import signal
-import sys
-
-if __name__ == "__main__":             # Ctrl-C while torch is being loaded: no traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
+import hashlib
 import json
 import math
-import shutil
+import os
+import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -32,22 +25,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffusion import diffusion_loss, unroll
-from eval_gsm8k import (PROTOCOLS, WORDS, Bench, contestants, dial_problems, gsm8k_file, read_jsonl,
-                        schedule_table, thinking_table)
+from eval_gsm8k import gsm8k_file, read_jsonl, thinking_table
 from metastate import MetaState, load_checkpoint, preset, save_checkpoint
-from model import (PRESETS, TINY, Backbone, Config, Tokenizer, blame, cache_folder, check_output,
-                   ensure, fetch_json, fetched, load_backbone, load_tokenizer, locked, read_config,
+from model import (RELEASES, TINY, Backbone, Config, Tokenizer, blame, cache_folder, ensure,
+                   fetch_json, fetched, find_weights, load_backbone, load_tokenizer, read_config,
                    save_backbone, tiny_tokenizer, write_atomically)
-from sample import (COUNT, COUNT_OR_ZERO, POSITIVE, SEED, SHARE, Processes, add_device_options,
-                    between, run_program, start_device)
-
-THINK_SHARE = 0.5                  # of the batches begin with passes that reveal nothing
-VISIBLE_SHARE = 0.1                # of the maskable tokens teach the tiny backbone though visible
-WARMUP = 100                       # steps
-WEIGHT_DECAY = 0.01
-BETAS = (0.9, 0.99)
-BACKBONE_FINAL_LR = 0.1            # of its peak; at zero a few look-ups may stay unlearned
-CLIP = 1.0                         # the largest norm of a gradient
+from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, POSITIVE, SEED, WORDS, Processes,
+                    add_device_options, between, dial_problems, run_program, start_device)
 
 # ---------------------------------------------------------------------------------------- DATA
 
@@ -58,7 +42,7 @@ class Text(NamedTuple):
     answer: str
 
 
-def read_text(item: object) -> Text:
+def read_text(item: Any) -> Text:
     """An example in one of three forms; a chat up to its last assistant turn. Raises ValueError for
     anything else."""
     match item:
@@ -66,28 +50,18 @@ def read_text(item: object) -> Text:
             return Text([{"role": "user", "content": question}], answer)
         case {"prompt": str(prompt), "completion": str(completion)}:
             return Text(prompt, completion)
-        case {"messages": [*turns]} if all(map(is_turn, turns)):
+        case {"messages": [*turns]}:
+            for turn in turns:
+                match turn:
+                    case {"role": str(), "content": str()}:
+                        continue
+                raise ValueError("a message has no role or content that is text")
             while turns and turns[-1]["role"] != "assistant":
                 turns.pop()
             if len(turns) > 1:
                 return Text(turns[:-1], turns[-1]["content"])
-    raise ValueError("it has neither question/answer nor prompt/completion as text, nor messages, "
-                     "a list of {role, content} with an assistant turn after another")
-
-
-def is_turn(item: object) -> bool:
-    match item:
-        case {"role": str(), "content": str()}:
-            return True
-    return False
-
-
-def read_texts(path: Path) -> list[Text]:
-    texts = []
-    for number, item in read_jsonl(path):
-        with blame(f"{path} line {number}", "mend or remove it"):
-            texts.append(read_text(item))
-    return texts
+            raise ValueError("messages have no assistant turn after another")
+    raise ValueError("it has neither question/answer, prompt/completion nor messages as text")
 
 
 TULU = "allenai/tulu-3-sft-mixture"    # ODC-BY
@@ -97,65 +71,54 @@ WINDOW = 100                           # rows of one call, the most that the ser
 PAUSE = 0.7                            # seconds between calls: 500 in 5 minutes are allowed
 
 
-def tulu_file() -> Path:
-    """50,000 conversations of the Tulu-3 SFT mixture as JSON lines, fetched once."""
-    return fetched(cache_folder() / "tulu-3" / "conversations.jsonl", fetch_tulu)
-
-
-def fetch_window(offset: int, length: int) -> tuple[str | None, int, list]:
-    """The data set's revision, how many rows it has, and those from offset on."""
-    server = os.environ.get("HF_DATASETS_SERVER", "https://datasets-server.huggingface.co")
-    dataset = TULU.replace("/", "%2F")
-    url = (f"{server}/rows?dataset={dataset}&config=default&split=train"
-           f"&offset={offset}&length={length}")
-    answer, headers = fetch_json(url)
-    with blame(url, "its answer has another form than expected; give a file by --data"):
-        rows = [row["row"] for row in answer["rows"]]
-        return headers.get("X-Revision"), int(answer["num_rows_total"]), rows
-
-
-def conversation_lines(rows: list) -> bytes:
-    """JSON lines of the rows that are conversations; a few are not."""
-    lines = b""
-    for row in rows:
-        with suppress(ValueError, LookupError, TypeError):
-            conversation = {"messages": row["messages"]}
-            read_text(conversation)
-            lines += json.dumps(conversation).encode() + b"\n"
-    return lines
+def tulu_rows(offset: int, length: int) -> tuple[str, int, list]:
+    """The data set's revision, how many rows it has, and some of them."""
+    server = os.environ.get("HF_DATASETS_SERVER") or "https://datasets-server.huggingface.co"
+    answer, headers = fetch_json(f"{server}/rows?dataset={TULU.replace('/', '%2F')}&config=default"
+                                 f"&split=train&offset={offset}&length={length}")
+    return headers["X-Revision"], answer["num_rows_total"], [row["row"] for row in answer["rows"]]
 
 
 def fetch_tulu(path: Path) -> None:
-    """Windows of rows at random offsets, since the rows may be sorted by source. Every window is a
-    file until all of them are joined, so that an interrupted fetch goes on."""
-    revision, n_total, _ = fetch_window(0, 1)
-    order = np.random.default_rng(TULU_SEED).permutation(n_total // WINDOW)
-    windows = path.with_name("windows")
+    """Windows of rows at random offsets, since the rows may be sorted by source, as JSON lines. An
+    interrupted fetch goes on after the last whole window."""
+    part = path.with_suffix(".part")
+    note = path.with_name("about.json")
+    revision, n_total, _ = tulu_rows(0, 1)
+    about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW}
     lines = []
-    offsets = []
-    bar = tqdm(total=TULU_ROWS, desc=TULU, unit=" conversations", disable=None)
-    for offset in (order * WINDOW).tolist():
-        part = windows / str(revision) / f"{offset}.jsonl"     # rows of two revisions never mix
-        if not part.exists():
+    if part.exists() and json.loads(note.read_bytes()) == about:
+        lines = [line for line in part.read_bytes().splitlines(keepends=True)
+                 if line.endswith(b"\n")]             # the last one may be cut short
+    n_windows = len(lines) // WINDOW
+    write_atomically(note, json.dumps(about).encode())
+    write_atomically(part, b"".join(lines[:n_windows * WINDOW]))
+    order = np.random.default_rng(TULU_SEED).permutation(n_total // WINDOW)
+    todo = order[n_windows:TULU_ROWS // WINDOW].tolist()
+    with open(part, "a") as file:
+        for number in tqdm(todo, TULU, unit=" windows", disable=None):
             time.sleep(PAUSE)
-            revision_now, _, rows = fetch_window(offset, WINDOW)
-            ensure(revision_now == revision, f"{TULU} was changed while it was fetched; run "
-                   "again, it begins anew")
-            write_atomically(part, conversation_lines(rows))
-        new_lines = part.read_bytes().splitlines(keepends=True)
-        lines += new_lines
-        offsets.append(offset)
-        bar.update(len(new_lines))
-        if len(lines) >= TULU_ROWS:
-            break
-    bar.close()
-    ensure(len(lines) >= TULU_ROWS, f"{TULU} has {len(lines):,} conversations where {TULU_ROWS:,} "
-           "are wanted; give a file of your own by --data")
-    about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW,
-             "offsets": offsets}
-    write_atomically(path.with_name("about.json"), json.dumps(about).encode())
-    write_atomically(path, b"".join(lines[:TULU_ROWS]))
-    shutil.rmtree(windows)
+            now, _, rows = tulu_rows(number * WINDOW, WINDOW)
+            ensure(now == revision and len(rows) == WINDOW, f"{TULU} changed meanwhile")
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+    os.replace(part, path)
+
+
+DIAL_EXAMPLES = 30_000                 # of the built-in problems
+
+
+def find_texts(data: str | None, kind: str) -> list[Text]:
+    """The examples; what has to be fetched for them is fetched once."""
+    if data is None and kind == "tiny":
+        return [read_text(problem) for problem in dial_problems("train", DIAL_EXAMPLES)]
+    path = Path(data or "tulu3")
+    if data == "gsm8k":
+        path = gsm8k_file("train.jsonl")
+    elif data in (None, "tulu3"):
+        with blame(f"the download of {TULU}", "give a file by --data, or run again to go on"):
+            path = fetched(cache_folder() / "tulu-3" / "conversations.jsonl", fetch_tulu)
+    return read_jsonl(path, read_text)
 
 
 class TokenIds(NamedTuple):
@@ -164,25 +127,161 @@ class TokenIds(NamedTuple):
     answer: np.ndarray
 
 
-def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: int
+def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: int, chat: bool
              ) -> list[TokenIds]:
-    """What is longer than max_length is dropped, with a count. Raises InputError if nothing is
-    left."""
+    """What is longer than max_length, or no text for the tokeniser, is dropped with a count. Raises
+    InputError if nothing is left."""
     examples = []
-    for text in tqdm(texts, desc="tokenise", leave=False, disable=None):
-        if isinstance(text.prompt, str):
-            prompt = tokenizer.encode(text.prompt, special=False)
-        else:
-            prompt = tokenizer.chat(text.prompt)
-        answer = tokenizer.encode(text.answer, special=False) + [eos_id]
-        examples.append(TokenIds(np.array(prompt, np.int32), np.array(answer, np.int32)))
-    fitting = [e for e in examples if len(e.prompt) + len(e.answer) <= max_length]
-    dropped = len(examples) - len(fitting)
+    for text in tqdm(texts, "tokenise", leave=False, disable=None):
+        try:
+            if isinstance(text.prompt, str):
+                prompt = tokenizer.encode(text.prompt, special=False)
+            elif chat:
+                prompt = tokenizer.chat(text.prompt)
+            else:                      # a base model knows no turns
+                prompt = tokenizer.plain("".join(f"{m['content']}\n\n" for m in text.prompt))
+            answer = tokenizer.encode(text.answer, special=False) + [eos_id]
+        except ValueError:             # a million spaces, for example
+            continue
+        if len(prompt) + len(answer) <= max_length:
+            examples.append(TokenIds(np.array(prompt, np.int32), np.array(answer, np.int32)))
+    dropped = len(texts) - len(examples)
     if dropped:
-        print(f"{dropped:,} of {len(examples):,} examples are longer than {max_length} tokens and "
-              "dropped", file=sys.stderr)
-    ensure(fitting, f"no example has at most {max_length} tokens; raise --max-length")
-    return fitting
+        print(f"note: {dropped:,} of {len(texts):,} examples are dropped: longer than "
+              f"{max_length} tokens, or no text for the tokeniser", file=sys.stderr)
+    ensure(examples, f"no example has at most {max_length} tokens; raise --max-length")
+    return examples
+
+
+def digest(examples: list[TokenIds]) -> str:
+    """What tells these data from others, under whatever name."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(example.prompt.tobytes())
+        sha.update(example.answer.tobytes())
+    return sha.hexdigest()[:16]
+
+
+EPOCH, ITERATION = 0, 1                # streams of random numbers
+
+
+@dataclass(eq=False)                   # hashed by identity, which lru_cache needs
+class Batches:
+    """Iteration -> global batch, rows of like length together. draw(rng, maskable) adds what is
+    random in it: all of it by one generator, so that every process sees the same."""
+    examples: list[TokenIds]
+    batch: int                         # rows of an iteration, over all processes
+    answer_length: int                 # answers are padded to at least this length
+    pad_id: int
+    seed: int
+    draw: Callable[[np.random.Generator, np.ndarray], dict]
+
+    def __post_init__(self) -> None:
+        self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.answer_length)
+                                 for e in self.examples])
+        self.per_epoch = max(1, len(self.examples) // self.batch)
+
+    @lru_cache(1)                      # the epoch at hand
+    def epoch(self, number: int) -> np.ndarray:
+        """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
+        they are sorted by length, which keeps padding small; the batches are shuffled again."""
+        rng = np.random.default_rng((self.seed, EPOCH, number))
+        order = rng.permutation(len(self.examples))
+        order = np.resize(order, self.per_epoch * self.batch)  # drops less than a batch, or repeats
+        size = 64 * self.batch
+        windows = np.split(order, range(size, len(order), size))
+        by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
+        return rng.permutation(np.concatenate(by_length).reshape(self.per_epoch, self.batch))
+
+    def __call__(self, iteration: int) -> dict:
+        epoch, i = divmod(iteration, self.per_epoch)
+        chosen = self.epoch(epoch)[i]
+        ids = np.full((self.batch, self.lengths[chosen].max()), self.pad_id)   # (B, T)
+        maskable = np.ones(ids.shape, bool)    # the padding, end-of-text, is to be learned, too
+        for row, example in enumerate(self.examples[n] for n in chosen):
+            n_prompt = len(example.prompt)
+            ids[row, :n_prompt] = example.prompt
+            ids[row, n_prompt:n_prompt + len(example.answer)] = example.answer
+            maskable[row, :n_prompt] = False
+        rng = np.random.default_rng((self.seed, ITERATION, iteration))
+        return {"ids": ids, "maskable": maskable, **self.draw(rng, maskable)}
+
+
+# ---------------------------------------------------------------------------------------- LOSS
+# loss(model, batch): the mean over the rows of a batch, and its parts, step by step.
+
+VISIBLE_SHARE = 0.1                    # of the maskable tokens teach the tiny backbone though visible
+THINK_SHARE = 0.5                      # of the batches begin with passes that reveal nothing
+
+
+def backbone_draws(rng: np.random.Generator, maskable: np.ndarray) -> dict:
+    """What diffusion_loss needs. The times are stratified: a batch covers [0, 1)."""
+    B, T = maskable.shape
+    t = (np.arange(B) + rng.random(B)) / B
+    return {"t": t.astype(np.float32), "noise": rng.random((B, T), np.float32)}
+
+
+def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
+    # Some visible tokens are scored, too. So the layer learns to keep a token whose embedding is in
+    # the residual stream, and will not erase what the Injector writes at a masked position.
+    loss = diffusion_loss(backbone, **batch, visible_share=VISIBLE_SHARE)
+    return loss, loss.new_empty(0)
+
+
+def memory_draws(args: argparse.Namespace) -> Callable:
+    """What unroll needs: reveal counts from a Dirichlet-multinomial (the steps' shares, then the
+    tokens by these shares), and how many passes come before, log-uniform from 1 to args.think."""
+    def draw(rng: np.random.Generator, maskable: np.ndarray) -> dict:
+        B, T = maskable.shape
+        shares = rng.dirichlet([args.alpha] * args.K, B)               # (B, K)
+        thinks = args.think > 0 and rng.random() < THINK_SHARE
+        return {
+            "counts": rng.multinomial(maskable.sum(1), shares),        # (B, K)
+            "noise": rng.random((B, T), np.float32),
+            "by_confidence": rng.random(B) < args.confident,
+            "think": round(args.think ** rng.random()) if thinks else 0,
+        }
+    return draw
+
+
+def memory_loss(backbone: Backbone, args: argparse.Namespace) -> Callable:
+    def loss(memory: MetaState, batch: dict) -> tuple[Tensor, Tensor]:
+        return unroll(backbone, memory, **batch, lam=args.lam, carry=args.carry)
+    return loss
+
+
+# ------------------------------------------------------------------------------------ OPTIMISER
+
+WARMUP = 100                           # iterations
+DECAY = 0.4                            # of the run
+WEIGHT_DECAY = 0.01
+BETAS = (0.9, 0.99)                    # of AdamW
+MOMENTUM = 0.95                        # of Muon
+CLIP = 1.0                             # the largest norm of a gradient
+BY_ADAMW = ("embedding", "lm_head", "initial_slots", "sharpness", "gain", "conditioner")
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices inside layers and modules: each is a map between two spaces, and
+    an update whose singular values are all alike moves it equally in every direction (K. Jordan
+    2024; scaled so that rates mean what they mean for AdamW, arXiv 2502.16982). AdamW for tables
+    such as embeddings and slots, for gains and biases, and for what reads the time."""
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        is_map = p.dim() == 2 and not any(part in BY_ADAMW for part in name.split("."))
+        (matrices if is_map else others).append(p)
+    return [
+        torch.optim.Muon(matrices, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY,
+                         adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=BETAS, weight_decay=WEIGHT_DECAY),
+    ]
+
+
+def learning_rate(iteration: int, iters: int, peak: float) -> float:
+    """A line up to the peak, a plateau, and a line down to zero."""
+    warmup = min(1, (iteration + 1) / WARMUP)
+    decay = min(1, (1 - iteration / iters) / DECAY)
+    return peak * warmup * decay
 
 
 class Run(NamedTuple):
@@ -195,331 +294,94 @@ class Run(NamedTuple):
     device: torch.device
 
 
-@dataclass(eq=False)                   # hashed by identity, which lru_cache needs
-class Batches:
-    """Step -> global batch, the same for any number of processes, rows of like length together."""
-    run: Run
-    batch: int                         # rows of a step, over all processes and micro-batches
-    pad_id: int
-
-    def __post_init__(self) -> None:
-        self.lengths = np.array([len(e.prompt) + max(len(e.answer), self.run.answer_length)
-                                 for e in self.run.examples])
-        self.per_epoch = max(1, len(self.run.examples) // self.batch)
-
-    @lru_cache(1)                      # the epoch at hand
-    def epoch(self, number: int) -> np.ndarray:
-        """The examples of every batch of an epoch, (per_epoch, batch). Within windows of 64 batches
-        they are sorted by length, which keeps padding small; the batches are shuffled again."""
-        rng = np.random.default_rng((self.run.args.seed, number))
-        order = rng.permutation(len(self.run.examples))
-        order = np.resize(order, self.per_epoch * self.batch)  # drops less than a batch, or repeats
-        size = 64 * self.batch
-        windows = np.split(order, range(size, len(order), size))
-        by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
-        return rng.permutation(np.concatenate(by_length).reshape(self.per_epoch, self.batch))
-
-    def row(self, step: int, b: int, example: TokenIds, T: int) -> dict:
-        """Row b of a step's batch, padded to T tokens, with every random draw that it needs."""
-        n_prompt, n_answer = len(example.prompt), len(example.answer)
-        ids = np.full(T, self.pad_id)
-        ids[:n_prompt] = example.prompt
-        ids[n_prompt:n_prompt + n_answer] = example.answer
-        args = self.run.args
-        rng = np.random.default_rng((args.seed, step, b))
-        t = (b + rng.random()) / self.batch            # stratified: the batch covers [0, 1)
-        noise = rng.random(T, np.float32)
-        shares = rng.dirichlet([args.alpha] * args.K)
-        return {
-            "ids": ids,                                # (T,)
-            "maskable": np.arange(T) >= n_prompt,      # the padding, end-of-text, is to be learned
-            "t": np.float32(t),
-            "noise": noise,
-            "counts": rng.multinomial(T - n_prompt, shares),   # (K,)
-            "by_confidence": rng.random() < args.confident,
-        }
-
-    def __call__(self, step: int, part: slice, device: torch.device) -> dict:
-        """Rows `part` of the batch of a step: tensors with B first, and how long to think."""
-        epoch, i = divmod(step, self.per_epoch)
-        chosen = self.epoch(epoch)[i]
-        T = self.lengths[chosen].max()
-        numbers = range(self.batch)[part]
-        rows = [self.row(step, b, self.run.examples[chosen[b]], T) for b in numbers]
-        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device)
-                 for name in rows[0]}
-        args = self.run.args
-        rng = np.random.default_rng((args.seed, step, self.batch))     # no row has this number
-        thinks = rng.random() < THINK_SHARE
-        batch["think"] = int(rng.integers(args.think + 1)) if thinks else 0
-        return batch
-
-
-# ---------------------------------------------------------------------------------------- LOOP
-
-# Options that may change when a run is resumed; all others must stay as they were.
-MAY_CHANGE = ("lr", "backbone_lr", "out", "resume", "save_every", "weights", "device", "compile",
-              "accumulate", "keep_activations", "split", "problems")
-
-
-def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
-    # Some visible tokens are scored, too. So the layer learns to keep a token whose embedding is in
-    # the residual stream, and will not erase what the Injector writes at a masked position.
-    loss = diffusion_loss(backbone, batch["ids"], batch["maskable"], batch["t"], batch["noise"],
-                          visible_share=VISIBLE_SHARE)
-    return loss, loss.detach()[None]
-
-
-def memory_loss(backbone: Backbone, lam: float, carry: str) -> Callable:
-    def loss(memory: MetaState, batch: dict) -> tuple[Tensor, Tensor]:
-        draws = {name: value for name, value in batch.items() if name != "t"}
-        return unroll(backbone, memory, **draws, lam=lam, carry=carry)
-    return loss
-
-
-def learning_rate(step: int, iters: int, peak: float, final: float) -> float:
-    """Linear warm-up, and a cosine from the peak to a final share of it."""
-    warmup = min(1, (step + 1) / WARMUP)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / iters))
-    return peak * warmup * (final + (1 - final) * cosine)
-
-
-def global_gradient(run: Run, model: nn.Module, loss: Callable, batches: Batches, step: int
-                    ) -> list[float]:
-    """Leave the gradient of the mean over the global batch in the parameters, and return that mean
-    and its parts. A process takes its rows in micro-batches; then the processes add up."""
+def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> list[float]:
+    """Leave the gradient of the mean over the global batch in the parameters; returns that mean and
+    its parts. A process takes its rows in micro-batches; then the processes add up."""
     rank, world = run.processes
-    micro_batches = run.args.accumulate
-    n_shares = world * micro_batches
-    rows = batches.batch // n_shares
+    n_parts = world * run.args.accumulate
+    n_rows = len(batch["ids"]) // n_parts
     losses = 0
-    for i in range(micro_batches):
-        first = (rank * micro_batches + i) * rows
-        batch = batches(step, slice(first, first + rows), run.device)
-        value, parts = loss(model, batch)
-        (value / n_shares).backward()
-        losses = losses + torch.cat((value.detach()[None], parts)) / n_shares
+    for part in range(rank * run.args.accumulate, (rank + 1) * run.args.accumulate):
+        rows = slice(part * n_rows, (part + 1) * n_rows)
+        piece = {name: value if isinstance(value, int)
+                 else torch.from_numpy(value[rows]).to(run.device) for name, value in batch.items()}
+        value, parts = loss(model, piece)
+        (value / n_parts).backward()
+        losses = losses + torch.cat((value.detach()[None], parts)) / n_parts
     if world > 1:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        for tensor in [losses, *gradients]:
+        for tensor in [losses, *(p.grad for p in model.parameters() if p.grad is not None)]:
             dist.all_reduce(tensor)
     return losses.tolist()
 
 
-@contextmanager
-def stop_signals() -> Iterator[list]:
-    """A list that is not empty after Ctrl-C or SIGTERM: a loop can end between two steps. One that
-    comes after the loop's last look at it is a KeyboardInterrupt at the end of the block."""
-    received = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *what: received.append(what)) for number in numbers]
-    try:
-        yield received
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
-    if received:
-        raise KeyboardInterrupt
+# ---------------------------------------------------------------------------------------- LOOP
 
-
-def any_process(run: Run, flag: bool) -> bool:
-    """Whether the flag is up in any process, so that all of them do the same."""
-    total = torch.tensor(float(flag), device=run.device)
-    if run.processes.world > 1:
-        dist.all_reduce(total)
-    return total.item() > 0
-
-
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, made_with: dict,
-           iters: int) -> int:
-    """Take up a checkpoint; the number of steps that it has behind it. Raises InputError where the
-    run was begun with other settings."""
-    state = load_checkpoint(path)
-    with blame(path, "it was changed or belongs to another program; give another --out"):
-        for key, value in made_with["settings"].items():
-            before = state["settings"].get(key)
-            ensure(before == value, f"{path} was trained with {key} = {before}, not {value}; give "
-                   "that, or another --out")
-        ensure(state["backbone"] == made_with["backbone"], f"{path} was trained on another "
-               "backbone; give that, or another --out")
-        model.load_state_dict(state["model"])
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        for p, moments in optimizer.state.items():     # torch itself does not compare them
-            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                raise ValueError("its optimiser is that of another model")
-        if type(state["step"]) is not int or not 0 <= state["step"] <= iters:
-            raise ValueError("its step lies outside this run")
-    return state["step"]
-
-
-def start_log(log: Path, n_lines: int) -> None:
-    """Keep the lines up to the checkpoint; what came after it will be written again."""
-    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-    write_atomically(log, b"".join(lines[:n_lines]))
+SAVE_ITERATIONS = 100                  # a checkpoint after so many iterations,
+SAVE_SECONDS = 300                     # or after so long
 
 
 def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path, *, iters: int,
-        lr: float, final_lr: float = 0.0, backbone: dict | None = None) -> None:
-    """Train model in place for iters steps, its checkpoint in path, a log beside it.
-
-    loss(model, batch): the mean over the rows of a batch, and a vector of its parts, of which the
-    first and the last are shown. lr: the peak; the share final_lr of it is left at the end.
-    backbone: name and digest of the one that a memory is trained on.
-    """
+        lr: float, backbone: dict | None = None) -> None:
+    """Train model in place, its checkpoint in path, a log beside it. lr: the peak. backbone: name
+    and digest of the one that a memory is trained on."""
     is_first_process = run.processes.rank == 0
-    settings = {key: str(value) for key, value in vars(run.args).items()
-                if key not in MAY_CHANGE}
-    made_with = {"settings": settings, "backbone": backbone}
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+    settings = {key: value for key, value in vars(run.args).items() if key not in ("out", "resume")}
+    made_with = {"settings": settings, "backbone": backbone,
+                 "data": digest(run.examples)}
+    every = optimizers(model)
     start = 0
     if run.args.resume and path.exists():
-        start = resume(path, model, optimizer, made_with, iters)
+        state = load_checkpoint(path)
+        with blame(path, "give the --data and --init that it was trained with, or another --out"):
+            ensure(state["data"] == made_with["data"], f"{path} was trained on other data; give "
+                   "those by --data, or another --out")
+            ensure(backbone is None or state["backbone"]["digest"] == backbone["digest"],
+                   f"{path} was trained on another backbone; give that, or another --out")
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(every, state["optimizers"]):   # none when it is finished
+                optimizer.load_state_dict(saved)
+            start = state["iteration"]
+
     log = path.with_suffix(".log.jsonl")
-    if is_first_process:
-        check_output(path)
-        start_log(log, start)
+    if is_first_process:               # what came after the checkpoint will be written again
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        write_atomically(log, b"".join(lines[:start]))
     bar = tqdm(range(start, iters), path.stem, iters, initial=start,
                disable=None if is_first_process else True)     # None: on a terminal only
+    saved_at = time.monotonic()
+    for iteration in bar:
+        # 1. the gradient; where it is not finite nothing is updated or saved
+        value, *by_step = global_gradient(run, model, loss, batches(iteration))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
+        ensure(math.isfinite(value) and math.isfinite(norm), f"at iteration {iteration} the loss "
+               f"became {value} with a gradient of norm {norm}; go on from {path}, if it is there, "
+               "by --resume and a lower --lr (or --backbone-lr), or clean the data")
 
-    with stop_signals() as received:
-        for step in bar:
-            # 1. the gradient; where it is not finite nothing is stepped or saved
-            value, *parts = global_gradient(run, model, loss, batches, step)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP).item()
-            ensure(math.isfinite(value) and math.isfinite(norm), f"at step {step} the loss became "
-                   f"{value} with a gradient of norm {norm}; go on from {path}, if it is there, by "
-                   "--resume and a lower --lr (or --backbone-lr), or clean the data")
-
-            # 2. a step of the optimiser
-            optimizer.param_groups[0]["lr"] = learning_rate(step, iters, lr, final_lr)
+        # 2. an update by each optimiser
+        for optimizer in every:
+            optimizer.param_groups[0]["lr"] = learning_rate(iteration, iters, lr)
             optimizer.step()
             optimizer.zero_grad()
 
-            # 3. a line of the log
-            shown = f"loss {parts[0]:.3f} .. {parts[-1]:.3f}"
-            bar.set_postfix_str(shown, refresh=False)
-            if is_first_process:
-                line = {"step": step, "loss": value, "by_step": parts, "norm": norm}
-                with blame(log, "make room"), open(log, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+        # 3. a line of the log
+        shown = f"loss {value:.3f}"
+        if by_step:
+            shown += f" (first step {by_step[0]:.3f}, last {by_step[-1]:.3f})"
+        bar.set_postfix_str(shown, refresh=False)
+        if is_first_process:
+            line = {"iteration": iteration, "loss": value, "by_step": by_step, "norm": norm}
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
 
-            # 4. a checkpoint; a finished run needs no optimiser any more
-            done = step + 1
-            stopped = any_process(run, bool(received))
-            due = done % run.args.save_every == 0 or done == iters or stopped
-            if due and is_first_process:
-                more = {} if done == iters else {"optimizer": optimizer.state_dict()}
-                save_checkpoint(path, model, step=done, **made_with, **more)
-                if bar.disable:
-                    print(f"{path.stem} {done}/{iters} {shown}", flush=True)
-            if stopped:
-                raise KeyboardInterrupt        # run_program says how to go on
-
-
-# ----------------------------------------------------------------------------------- THE PROGRAM
-
-class Default(NamedTuple):
-    """Of an option: for the tiny backbone on a laptop, and for one of 8B on a GPU."""
-    tiny: float
-    large: float
-
-    def __str__(self) -> str:
-        return f"{self.tiny} for tiny, else {self.large}"
-
-
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, from a list of them or the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument_group("run").add_argument
-    add("--init", default="tiny", help=f"{', '.join(PRESETS)}, or a checkpoint folder")
-    add("--weights", type=Path, help="folder with the weights of --init, else found or downloaded")
-    add("--out", type=Path, help="folder of checkpoints and logs (default: out/INIT)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=COUNT, default=100, help="steps between checkpoints (%(default)s)")
-    add("--seed", type=SEED, default=0)
-    add_device_options(parser)
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help="tulu3, gsm8k, or a file of JSON lines with question/answer, messages or "
-        "prompt/completion (default: the built-in problems for tiny, else tulu3)")
-    add("--max-length", type=COUNT, default=Default(64, 1024),
-        help="longer examples, in tokens, are dropped (%(default)s)")
-
-    add = parser.add_argument_group("unrolling").add_argument
-    add("--K", type=between(int, 1, 1000), default=Default(6, 4),
-        help="denoising steps of a trajectory (%(default)s)")
-    add("--lam", type=SHARE, default=0.5,
-        help="weight of the loss on every masked token; the rest is on those revealed next "
-        "(%(default)s)")
-    add("--alpha", type=POSITIVE, default=1.0,
-        help="Dirichlet concentration: the larger, the more alike the steps (%(default)s)")
-    add("--confident", type=SHARE, default=Default(1.0, 0.0),
-        help="share of the rows that reveal where the model is surest, not at random (%(default)s)")
-    add("--think", type=between(int, 0, 10 ** 5), default=Default(16, 12),
-        help="half of the batches begin with up to so many passes that reveal nothing and have no "
-        "gradient (%(default)s)")
-    add("--carry", default="keep", choices=("keep", "reset"),
-        help="the memory between steps; reset is the memoryless control (%(default)s)")
-    add("--keep-activations", action="store_true", help="faster than to recompute them, but larger")
-
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--iters", type=COUNT, default=Default(1400, 3000), help="steps (%(default)s)")
-    add("--batch", type=COUNT, default=Default(64, 16),
-        help="rows of a step, over all processes and micro-batches (%(default)s)")
-    add("--accumulate", type=COUNT, default=Default(1, 16),
-        help="micro-batches in which a process takes its rows of a step (%(default)s)")
-    add("--lr", type=POSITIVE, default=Default(3e-3, 3e-4), help="its peak (%(default)s)")
-
-    add = parser.add_argument_group("tiny backbone and tables").add_argument
-    add("--backbone-iters", type=COUNT, default=3000, help="(%(default)s)")
-    add("--backbone-batch", type=COUNT, default=128, help="(%(default)s)")
-    add("--backbone-lr", type=POSITIVE, default=2e-3, help="(%(default)s)")
-    add("--split", default="test", choices=("valid", "test"), help="of the problems (%(default)s)")
-    add("--problems", type=COUNT_OR_ZERO, default=1000, help="0: no tables (%(default)s)")
-
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, Default):
-            setattr(args, name, value.tiny if args.init == "tiny" else value.large)
-    return args
-
-
-def check_options(args: argparse.Namespace, out: Path, world: int = 1) -> None:
-    """What can be wrong before anything is fetched or loaded."""
-    sizes = {"--batch": args.batch}
-    weights = args.weights
-    if args.init == "tiny":
-        sizes["--backbone-batch"] = args.backbone_batch
-        ensure(not weights, "--init tiny trains a backbone of its own; omit --weights, or "
-               "give the folder by --init")
-    elif args.init not in PRESETS:
-        read_config(weights or Path(args.init))        # refuses what is no checkpoint folder
-    elif weights:
-        kind = read_config(weights).kind
-        ensure(kind == PRESETS[args.init].config.kind, f"{weights} holds a {kind} model; give a "
-               f"folder of --init {args.init}, or another --init")
-    n_shares = world * args.accumulate
-    for option, size in sizes.items():
-        ensure(size % n_shares == 0, f"{option} {size} is no multiple of {n_shares}, processes "
-               "times --accumulate; make it one")
-    has_run = (out / "backbone").exists() or any(out.glob("*.pt"))
-    ensure(args.resume or not has_run, f"{out} holds a run; go on with it by --resume, or give "
-           "another --out")
-    first = "backbone.pt" if args.init == "tiny" else "memory.pt"
-    ensure((out / first).exists() or not args.resume, f"{out} holds no {first} to go on with; omit "
-           "--resume, or give another --out")
-    ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
-           "take; give 0 for no tables, or two or more")
-
-
-def find_texts(args: argparse.Namespace) -> list[Text]:
-    """The examples; what has to be fetched for them is fetched once."""
-    if args.data is None and args.init == "tiny":
-        return [read_text(problem) for problem in dial_problems("train", 30_000)]
-    if args.data in (None, "tulu3"):
-        return read_texts(tulu_file())
-    return read_texts(gsm8k_file("train.jsonl") if args.data == "gsm8k" else Path(args.data))
+        # 4. a checkpoint; a finished run needs no optimiser any more
+        done = iteration + 1
+        due = done % SAVE_ITERATIONS == 0 or time.monotonic() - saved_at > SAVE_SECONDS
+        if is_first_process and (due or done == iters):
+            states = [] if done == iters else [optimizer.state_dict() for optimizer in every]
+            save_checkpoint(path, model, iteration=done, optimizers=states, **made_with)
+            saved_at = time.monotonic()
+            if bar.disable:
+                print(f"{path.stem} {done}/{iters} {shown}", flush=True)
 
 
 def train_backbone(run: Run, config: Config, words: list[str]) -> Backbone:
@@ -527,106 +389,192 @@ def train_backbone(run: Run, config: Config, words: list[str]) -> Backbone:
     args = run.args
     torch.manual_seed(args.seed)
     backbone = Backbone(config).to(run.device)
-    batches = Batches(run, args.backbone_batch, config.pad_id)
+    batches = Batches(run.examples, args.backbone_batch, run.answer_length, config.pad_id,
+                      args.seed, backbone_draws)
     fit(run, backbone, backbone_loss, batches, run.out / "backbone.pt", iters=args.backbone_iters,
-        lr=args.backbone_lr, final_lr=BACKBONE_FINAL_LR)
+        lr=args.backbone_lr)
     if run.processes.rank == 0:
         save_backbone(backbone, run.out / "backbone", words)
     return backbone.requires_grad_(False)
 
 
-def fit_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path, carry: str) -> None:
+def fit_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path) -> None:
     """Train a memory in place on a frozen backbone."""
     args = run.args
-    batches = Batches(run, args.batch, backbone.config.pad_id)
-    fit(run, memory, memory_loss(backbone, args.lam, carry), batches, path, iters=args.iters,
-        lr=args.lr, backbone={"name": args.init, "digest": backbone.digest()})
+    batches = Batches(run.examples, args.batch, run.answer_length, backbone.config.pad_id,
+                      args.seed, memory_draws(args))
+    is_folder = args.init != "tiny" and Path(args.init).is_dir()
+    name = str(Path(args.init).resolve()) if is_folder else args.init
+    fit(run, memory, memory_loss(backbone, args), batches, path, iters=args.iters, lr=args.lr,
+        backbone={"name": name, "digest": backbone.digest()})
 
 
-def train_memory(run: Run, backbone: Backbone, path: Path, carry: str) -> MetaState:
+def train_memory(run: Run, backbone: Backbone, path: Path) -> MetaState:
     """A new memory, trained on a frozen backbone."""
     torch.manual_seed(run.args.seed)
     memory = MetaState(preset(backbone)).to(run.device)
-    fit_memory(run, backbone, memory, path, carry)
+    fit_memory(run, backbone, memory, path)
     return memory
 
 
-TABLES = ("tables.md", "tables.json")
+# ----------------------------------------------------------------------------------- THE PROGRAM
+
+DEFAULTS = dict(
+    init="tiny", weights=None, resume=False, seed=0, device=None, compile=False, data=None,
+    lam=0.5, alpha=1.0, carry="keep", keep_activations=False, backbone_iters=600,
+    backbone_batch=128, backbone_lr=1e-2, split="test", problems=1000)
+TINY_DEFAULTS = dict(max_length=64, K=4, confident=1.0, think=64, iters=600, batch=64,
+                     accumulate=1, lr=5e-3)
+LARGE_DEFAULTS = dict(max_length=1024, K=4, confident=0.0, think=16, iters=3000, batch=16,
+                      accumulate=16, lr=3e-4)
+# What may be given beside --resume; all else is the checkpoint's.
+MAY_CHANGE = ("out", "resume", "weights", "data", "device", "compile", "accumulate",
+              "keep_activations", "lr", "backbone_lr", "split", "problems")
 
 
-def tables(bench: Bench, valid: Bench, memory: MetaState, memoryless: MetaState, out: Path) -> None:
-    """Print the tables, and save them with the result of every problem."""
-    everyone = contestants(memory, memoryless)
-    thinking_text, thinking = thinking_table(bench, everyone)
-    schedule_text, schedules = schedule_table(bench, valid, everyone)
-    text = thinking_text + "\n" + schedule_text
-    print(text)
-    results = json.dumps({"thinking": thinking, "schedules": schedules})
-    for name, content in zip(TABLES, (text, results)):
-        write_atomically(out / name, content.encode())
+def make_parser() -> argparse.ArgumentParser:
+    """The options; what is not given is not in the result, its default stands above."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     argument_default=argparse.SUPPRESS)
+
+    def option(name: str, kind: Callable | None, text: str, **more: Any) -> None:
+        key = name.replace("-", "_")
+        default = DEFAULTS.get(key, f"{TINY_DEFAULTS.get(key)} for tiny, else "
+                                    f"{LARGE_DEFAULTS.get(key)}")
+        group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})", **more)
+
+    group = parser.add_argument_group("run")
+    option("init", None, f"tiny: trains its own backbone; {', '.join(RELEASES)}, ORGANISATION/MODEL "
+           "on the hub, or a checkpoint folder", metavar="MODEL")
+    option("weights", None, "the weights of --init, where they lie elsewhere", metavar="FOLDER")
+    option("seed", SEED, "of all random draws")
+    group.add_argument("--out", type=Path, help="folder of checkpoints and logs (out/INIT)")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with the run in --out and its settings")
+    add_device_options(parser)
+
+    group = parser.add_argument_group("data")
+    option("data", None, "tulu3, gsm8k, or a file of JSON lines with question/answer, messages or "
+           "prompt/completion; without: the built-in problems for tiny, else tulu3")
+    option("max-length", COUNT, "longer examples, in tokens, are dropped")
+
+    group = parser.add_argument_group("unrolling")
+    option("K", between(int, 1, 1000), "denoising steps of a trajectory")
+    option("lam", FRACTION, "weight of the loss on every masked token; the rest is on those "
+           "revealed next")
+    option("alpha", POSITIVE, "Dirichlet concentration: the larger, the more alike the steps")
+    option("confident", FRACTION, "share of the rows that reveal where the model is surest, not at "
+           "random")
+    option("think", between(int, 0, 10 ** 5), "half of the batches begin with up to so many passes "
+           "that reveal nothing and have no gradient")
+    option("carry", None, "the memory between steps; reset is the memoryless control",
+           choices=("keep", "reset"))
+    group.add_argument("--keep-activations", action="store_true",
+                       help="faster than to recompute them, but larger")
+
+    group = parser.add_argument_group("optimiser")
+    option("iters", COUNT, "iterations")
+    option("batch", COUNT, "rows of an iteration, over all processes and micro-batches")
+    option("accumulate", COUNT, "micro-batches in which a process takes its rows")
+    option("lr", POSITIVE, "its peak")
+
+    group = parser.add_argument_group("tiny backbone and table")
+    option("backbone-iters", COUNT, "iterations")
+    option("backbone-batch", COUNT, "rows of an iteration")
+    option("backbone-lr", POSITIVE, "its peak")
+    option("split", None, "of the problems", choices=("valid", "test"))
+    option("problems", COUNT_OR_ZERO, "of the table; 0: no table")
+    return parser
 
 
-def train_tiny(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
-               ) -> None:
-    for name in TABLES:
-        check_output(out / name)
-    tokenizer = tiny_tokenizer(WORDS)
-    examples = tokenise(find_texts(args), tokenizer, TINY.eos_id, args.max_length)
-    gen_length = PROTOCOLS["dial"].settings["gen_length"]
-    run = Run(args, out, examples, gen_length, processes, device)
-
-    # 1. a backbone of our own, then frozen
-    backbone = train_backbone(run, TINY, WORDS)
-    if args.compile:
-        backbone.compile_layers()
-
-    # 2. its memory, and as a control the same modules without persistence
-    memory = train_memory(run, backbone, out / "memory.pt", args.carry)
-    memoryless = train_memory(run, backbone, out / "memoryless.pt", "reset")
-
-    # 3. the tables
-    if processes.rank == 0 and args.problems:
-        bench = Bench(backbone, tokenizer, dial_problems(args.split, args.problems), gen_length)
-        valid = Bench(backbone, tokenizer, dial_problems("valid", 500), gen_length)
-        tables(bench, valid, memory, memoryless, out)
-    print_next(run, "--think 4 --steps 1 --show-steps", "--think 4 --steps 1")
+def kind_of(init: str, weights: str | None) -> str:
+    if init == "tiny":
+        return "tiny"
+    known = RELEASES.get(weights or init)
+    return known.config.kind if known else read_config(find_weights(weights or init)).kind
 
 
-def train_large(args: argparse.Namespace, out: Path, device: torch.device, processes: Processes
-                ) -> None:
-    texts = find_texts(args)
-    weights = args.weights or args.init
-    tokenizer = load_tokenizer(weights)
-    backbone = load_backbone(weights, device=device)
-    backbone.recompute = not args.keep_activations
-    if args.compile:
-        backbone.compile_layers()
-    examples = tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
-    run = Run(args, out, examples, 0, processes, device)
-    train_memory(run, backbone, out / "memory.pt", args.carry)
-    print_next(run, "--show-steps", "--limit 100")
-
-
-def print_next(run: Run, sampling: str, scoring: str) -> None:
-    model = f"--init {run.out}"
-    if run.args.weights:
-        model += f" --weights {run.args.weights}"
-    if run.processes.rank == 0:
-        print(f"all is in {run.out}; now try\n"
-              f"  python sample.py {model} {sampling}\n"
-              f"  python eval_gsm8k.py {model} {scoring}")
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, from a list of them or the command line. A resumed run has its checkpoint's."""
+    given = vars(make_parser().parse_args(argv))
+    init = given.get("init", DEFAULTS["init"])
+    out = given.setdefault("out", Path("out") / Path(init).resolve().name)
+    checkpoints = [path for path in (out / "memory.pt", out / "backbone.pt") if path.exists()]
+    saved = {}
+    if given.get("resume"):
+        ensure(checkpoints, f"{out} holds no checkpoint to go on with; omit --resume, or give "
+               "another --out")
+        with blame(checkpoints[0], "give the --out of a run of train.py"):
+            saved = load_checkpoint(checkpoints[0])["settings"]
+            init = saved["init"]
+            for key, value in given.items():
+                ensure(key in MAY_CHANGE or value == saved[key], f"the run in {out} has {key} = "
+                       f"{saved.get(key)}, not {value}; omit the option, or give another --out")
+        ensure(init != "tiny" or (out / "backbone.pt").exists(), f"{out} has no backbone.pt to go "
+               "on with; give another --out")
+    else:
+        ensure(not checkpoints, f"{out} holds a run; go on with it by --resume, or give another "
+               "--out")
+    kind = kind_of(init, given.get("weights", saved.get("weights")))
+    by_kind = TINY_DEFAULTS if kind == "tiny" else LARGE_DEFAULTS
+    return argparse.Namespace(**{**DEFAULTS, **by_kind, **saved, **given})
 
 
 def main() -> None:
+    begin = time.time()
     args = arguments()
-    out = args.out or Path("out") / Path(args.init).resolve().name
-    device, processes = start_device(args.device)
-    check_options(args, out, processes.world)
-    alone = locked(out / "lock", wait=False, message=f"another run is at work in {out}; wait for "
-                   "it, or give another --out")
-    train = train_tiny if args.init == "tiny" else train_large
-    with alone if processes.rank == 0 else nullcontext():
-        train(args, out, device, processes)
+    out, weights = args.out, args.weights or args.init
+    kind = kind_of(args.init, args.weights)
+    device, processes = start_device(args.device, kind)
+    is_first_process = processes.rank == 0
+    n_parts = processes.world * args.accumulate
+    for option, size in (("--batch", args.batch), ("--backbone-batch", args.backbone_batch)):
+        ensure(size % n_parts == 0 or (kind != "tiny" and "backbone" in option), f"{option} {size} "
+               f"is no multiple of {n_parts}, processes times --accumulate; make it one")
+    ensure(not (args.init == "tiny" and args.weights), "--init tiny trains a backbone of its own; "
+           "omit --weights, or give the folder by --init")
+    ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
+           "take; give 0 for no table, or two or more")
+    with blame(f"--out {out}", "give a folder that can be written"):
+        out.mkdir(parents=True, exist_ok=True)
+    with_table = kind == "tiny" and args.data is None and args.problems
+    if is_first_process:
+        parts = [f"backbone, {args.backbone_iters} iterations"] if args.init == "tiny" else []
+        parts.append(f"memory, {args.iters} iterations")
+        parts += [f"table, {args.problems} {args.split} problems"] if with_table else []
+        print(f"{'; '.join(parts)}; on {device} x {processes.world}, into {out}", flush=True)
+
+    # 1. data, and a frozen backbone: one of our own, or one off the shelf
+    texts = find_texts(args.data, kind)
+    own = args.init == "tiny"
+    tokenizer = tiny_tokenizer(WORDS) if own else load_tokenizer(weights)
+    config = TINY if own else read_config(find_weights(weights))
+    chat = "base" not in Path(args.init).name.lower()
+    examples = tokenise(texts, tokenizer, config.eos_id, args.max_length, chat)
+    run = Run(args, out, examples, DIAL_LENGTH if kind == "tiny" else 0, processes, device)
+    if own:
+        backbone = train_backbone(run, config, WORDS)
+    else:
+        backbone = load_backbone(weights, device=device)
+        backbone.recompute = not args.keep_activations and kind != "tiny"
+    if args.compile:
+        backbone.compile_layers()
+
+    # 2. its memory
+    memory = train_memory(run, backbone, out / "memory.pt")
+
+    # 3. the table
+    if is_first_process and with_table:
+        problems = dial_problems(args.split, args.problems)
+        text, results = thinking_table(backbone, tokenizer, problems, memory)
+        print(f"\n{text}")
+        write_atomically(out / "table.md", text.encode())
+        write_atomically(out / "table.json", json.dumps(results).encode())
+    if is_first_process:
+        thinking = " --think 4 --steps 1" if kind == "tiny" else ""
+        print(f"done in {(time.time() - begin) / 60:.1f} minutes; now try\n"
+              f"  python sample.py --init {out}{thinking} --show-steps\n"
+              f"  python eval_gsm8k.py --init {out}{thinking}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""What matters, and what does the same without a memory: python experiments/ablate.py out/tiny
+"""Which part of the memory matters: python experiments/ablate.py out/tiny K=2 1-slot
 
-Trains variants on the frozen backbone of a finished run, one change each and otherwise the settings
-of train.py, and appends accuracy on the validation problems to RUN/ablations.jsonl: whole answers
-after N passes without a word, and final results by quota. --table prints mean and range of runs.
+Trains variants on the frozen backbone of a finished run, one change each and otherwise with the
+settings of that run, and appends accuracy on validation problems to RUN/ablations.jsonl: whole
+answers after N passes that write nothing, and final results by quota. Without a variant they are
+listed. --table prints what was measured, mean and range over several runs:
 
-    python experiments/ablate.py out/tiny "K = 4" "1 slot"
-    python experiments/ablate.py out/tiny --table out/s1 out/s2
+    python experiments/ablate.py out/s0 --table out/s1 out/s2
 """
-from __future__ import annotations
-
 import argparse
+import difflib
 import json
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -20,17 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from shared import BATCH, ensure_not_shipped, open_run, print_table, score, spread, training_run
 
-import train  # noqa: E402
-from eval_gsm8k import PROTOCOLS, Bench, Contestant, dial_problems  # noqa: E402
-from metastate import MetaState, load_checkpoint, preset  # noqa: E402
-from model import load_backbone, tiny_tokenizer  # noqa: E402
-from plot import spread  # noqa: E402
-from sample import Processes, run_program, start_device  # noqa: E402
+import train
+from eval_gsm8k import whole_by_pass
+from metastate import MetaState, load_checkpoint, preset
+from model import Backbone, Tokenizer, blame, ensure
+from sample import COUNT, dial_problems, run_program
 
-PASSES = (1, 3, 5, 10, 20)
-QUOTAS = (20, 10, 5, 4)
+PASSES = (1, 5, 20, 100, 256)
+QUOTA_STEPS = (20, 5)
+N_PROBLEMS = 300
 
 
 # Modules that take the place of ours.
@@ -38,7 +36,7 @@ QUOTAS = (20, 10, 5, 4)
 class Overwrite(nn.Module):
     """No Updater: a slot becomes what the Mixer read."""
 
-    def forward(self, slots: Tensor, read: Tensor, time: Tensor) -> Tensor:
+    def forward(self, slots: Tensor, read: Tensor, t_cond: Tensor) -> Tensor:
         return torch.tanh(read)
 
 
@@ -61,9 +59,9 @@ class GradientOfOneStep(MetaState):
 
 
 class Looping(MetaState):
-    """Looping instead of persistence: nothing is carried over, but every step makes several passes
-    over the same tokens, from the initial slots each time. With the weights of the run's memory; a
-    step costs `loops` passes, and within a step that is what the memory does."""
+    """Nothing is carried over, but every step makes several passes over the same tokens, from the
+    initial slots each time: within a step that is what the memory does, at as many times the cost.
+    """
     loops = 5
 
     def step(self, backbone, ids, slots, **given):
@@ -80,141 +78,153 @@ def overwrite(memory: MetaState) -> None:
 
 
 def timeless(memory: MetaState) -> None:
-    memory.time.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    memory.conditioner.register_forward_hook(lambda _, inputs, t_cond: torch.zeros_like(t_cond))
 
 
-def not_anchored(memory: MetaState) -> None:
-    nn.init.zeros_(memory.sharpness).requires_grad_(False)
+def biased_to_keep(memory: MetaState) -> None:
+    d_slot = memory.config.d_slot
+    nn.init.constant_(memory.updater.from_read.bias[:d_slot], -1.0)    # the update gate's
 
 
-def gates_closed(memory: MetaState) -> None:
-    nn.init.constant_(memory.updater.from_read.bias[:memory.config.d_slot], -1.0)
-
-
-def injector_only(memory: MetaState) -> None:
-    """Without persistence Mixer and Updater have nothing to do: they are taken away."""
-    memory.mixer.requires_grad_(False)
-    memory.updater.requires_grad_(False)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Variant:
+    what: str                          # in words
     options: dict = field(default_factory=dict)        # of train.py
     fields: dict = field(default_factory=dict)         # of MemoryConfig
     kind: type = MetaState
     change: Callable[[MetaState], None] | None = None
-    carry: str = "keep"
-    trained: bool = True                               # False: the run's memory as it is
+    times: int = 1                     # so many times the run's iterations
+    trained: bool = True               # False: with the weights of the run's memory
 
 
+RESET = {"carry": "reset"}
 VARIANTS = {
-    "default": Variant(trained=False),
-    "no thinking passes in training": Variant({"think": 0}),
-    **{f"K = {K}": Variant({"K": K}) for K in (1, 2, 3, 4, 8)},
-    "no gradient between steps": Variant(kind=NoGradientBetweenSteps),
-    "gradient of one step": Variant(kind=GradientOfOneStep),
-    "memoryless": Variant(carry="reset"),
-    "memoryless, 2 x the steps": Variant({"iters": 2}, carry="reset"),
-    "memoryless, 4 x the steps": Variant({"iters": 4}, carry="reset"),
-    "Injector only, as many parameters": Variant(fields={"d_slot": 148}, change=injector_only,
-                                                 carry="reset"),
-    "looping, 5 passes in every step": Variant(kind=Looping, trained=False),
-    "no Updater (overwrite)": Variant(change=overwrite),
-    "update gates biased to keep": Variant(change=gates_closed),
-    "written after the layer": Variant(fields={"write_layer": 1}),
-    "read before the layer": Variant(fields={"read_layer": 0}),
-    "no time conditioner": Variant(change=timeless),
-    "no head anchored": Variant(change=not_anchored),
-    "half of the heads anchored": Variant(fields={"n_free_head": 2}),
-    "random reveal order": Variant({"confident": 0.0}),
-    "half of the rows in random order": Variant({"confident": 0.5}),
-    "reveal loss only (lam 0)": Variant({"lam": 0.0}),
-    "dense loss only (lam 1)": Variant({"lam": 1.0}),
-    "1 slot": Variant(fields={"n_slots": 1}),
-    "4 slots": Variant(fields={"n_slots": 4}),
-    "64 slots": Variant(fields={"n_slots": 64}),
+    "default": Variant("the run's own memory", trained=False),
+    "memoryless": Variant("trained and run with the initial slots in every step", RESET),
+    "memoryless-2x": Variant("the same for twice the iterations", RESET, times=2),
+    "memoryless-4x": Variant("the same for four times the iterations", RESET, times=4),
+    "injector-only": Variant("memoryless, the Injector with as many parameters as a whole memory",
+                             RESET, {"d_slot": 148}),
+    "looping": Variant("the run's memory, begun anew and run five times in every step",
+                       kind=Looping, trained=False),
+    **{f"K={K}": Variant("steps that are unrolled", {"K": K}) for K in (1, 2, 3, 6, 8)},
+    "no-thinking": Variant("no passes before the first unrolled step", {"think": 0}),
+    "one-step-gradient": Variant("a loss trains the step before it, and no earlier one",
+                                 kind=GradientOfOneStep),
+    "no-gradient": Variant("no gradient between steps: Mixer and Updater stay random",
+                           kind=NoGradientBetweenSteps),
+    "random-order": Variant("tokens revealed in random order", {"confident": 0.0}),
+    "half-random-order": Variant("random order in half of the rows", {"confident": 0.5}),
+    "reveal-loss": Variant("loss on the tokens revealed next alone", {"lam": 0.0}),
+    "dense-loss": Variant("loss on all masked tokens alone", {"lam": 1.0}),
+    "no-updater": Variant("slots are overwritten by what the Mixer read", change=overwrite),
+    "biased-to-keep": Variant("update gates begin nearly closed", change=biased_to_keep),
+    "no-time": Variant("the modules are not told the time", change=timeless),
+    "no-anchors": Variant("all heads free", fields={"n_free_head": 4}),
+    "half-free": Variant("half of the heads free", fields={"n_free_head": 2}),
+    "1-slot": Variant("instead of 16", fields={"n_slots": 1}),
+    "4-slots": Variant("instead of 16", fields={"n_slots": 4}),
+    "64-slots": Variant("instead of 16", fields={"n_slots": 64}),
+    "small-30": Variant("a memory with 30 % of the backbone's parameters",
+                        fields={"d_slot": 32, "d_time": 24}),
+    "small-10": Variant("a memory with 10 % of the backbone's parameters",
+                        fields={"d_slot": 16, "d_time": 8, "n_head": 2}),
 }
 
 
-def options_of(run: Path) -> argparse.Namespace:
-    """train.py's options for a memory on the backbone of a finished run."""
-    seed = load_checkpoint(run / "memory.pt")["settings"]["seed"]
-    return train.arguments(["--seed", seed])
-
-
-def ablate(folder: Path, name: str, device: torch.device) -> None:
+def fit_variant(run: train.Run, backbone: Backbone, name: str) -> tuple[MetaState, int]:
+    """A memory, trained as train_memory does but for the variant's change, and how many of its
+    parameters training moved: those that no loss reaches stay as they were."""
     variant = VARIANTS[name]
-    args = options_of(folder)
-    for key, value in variant.options.items():
-        if key == "iters":                             # so many times the steps
-            value *= args.iters
-        setattr(args, key, value)
-    backbone = load_backbone(folder / "backbone", device=device)
-    tokenizer = tiny_tokenizer(train.WORDS)
-    texts = train.find_texts(args)
-    examples = train.tokenise(texts, tokenizer, backbone.config.eos_id, args.max_length)
-    gen_length = PROTOCOLS["dial"].settings["gen_length"]
-    run = train.Run(args, folder, examples, gen_length, Processes(0, 1), device)
-
-    torch.manual_seed(args.seed)
-    memory = variant.kind(replace(preset(backbone), **variant.fields))
+    torch.manual_seed(run.args.seed)
+    memory = variant.kind(replace(preset(backbone), **variant.fields)).to(run.device)
     if variant.change:
         variant.change(memory)
-    memory.to(device)
     before = [p.detach().clone() for p in memory.parameters()]
     if variant.trained:
-        path = folder / "ablations" / f"{name}.pt"
-        train.fit_memory(run, backbone, memory, path, variant.carry)
+        train.fit_memory(run, backbone, memory, run.out / "ablations" / f"{name}.pt")
     else:
-        memory.load_state_dict(load_checkpoint(folder / "memory.pt")["model"])
-    # what no gradient reaches stays as it was; a gradient of zero leaves it to weight decay
-    trained = [p for p, b in zip(memory.parameters(), before) if not torch.equal(p, b)]
-
-    bench = Bench(backbone, tokenizer, dial_problems("valid", 1000), gen_length)
-    who = Contestant(memory, variant.carry)
-    row = {"name": name, "parameters": sum(p.numel() for p in trained)}
-    for n in PASSES:
-        found = bench.score(who, think=n - 1, steps=1)
-        row[f"N = {n}"] = float(np.mean([r["whole"] for r in found]))
-    for steps in QUOTAS:
-        found = bench.score(who, steps=steps)
-        row[f"{steps} steps"] = float(np.mean([r["correct"] for r in found]))
-    with open(folder / "ablations.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
+        memory.load_state_dict(load_checkpoint(run.out / "memory.pt")["model"])
+    moved = [p.numel() for p, old in zip(memory.parameters(), before) if not torch.equal(p, old)]
+    return memory, sum(moved)
 
 
-def print_runs(runs: list[Path]) -> None:
-    """One row a variant: mean over the runs, and the lowest and highest where there are more."""
-    rows = {}                          # the last one of a variant in each run
+def measure(run: train.Run, backbone: Backbone, tokenizer: Tokenizer, name: str) -> dict:
+    """A line of the results: a variant's size, and its accuracy on validation problems."""
+    variant = VARIANTS[name]
+    settings = vars(run.args) | variant.options
+    settings["iters"] *= variant.times
+    run = run._replace(args=argparse.Namespace(**settings))
+    memory, n_moved = fit_variant(run, backbone, name)
+    problems = dial_problems("valid", N_PROBLEMS)
+    carry = run.args.carry
+    # what does not persist gives the first answer in every pass, by construction
+    n_passes = 1 if carry == "reset" or variant.kind is Looping else max(PASSES)
+    right = whole_by_pass(backbone, tokenizer, problems, memory=memory, carry=carry,
+                          n_passes=n_passes, batch_size=BATCH)
+    row = {"name": name, "iterations": run.args.iters, "parameters": n_moved}
+    row |= {f"N = {n}": right[min(n, n_passes) - 1].mean() for n in PASSES}
+    for steps in QUOTA_STEPS:
+        answers = score(backbone, tokenizer, problems, memory, carry=carry, steps=steps)
+        row[f"{steps} steps"] = np.mean([answer["correct"] for answer in answers])
+    return row
+
+
+def print_results(runs: list[Path], names: list[str]) -> None:
+    """Mean and range over the runs of what was measured, the last time that it was."""
+    found = {}
     for run in runs:
-        for line in (run / "ablations.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            rows.setdefault(row["name"], {})[run] = row
-    columns = [*(f"N = {n}" for n in PASSES), *(f"{steps} steps" for steps in QUOTAS)]
-    print(f"| variant | trained parameters | {' | '.join(columns)} | runs |")
-    print("|---" * (len(columns) + 3) + "|")
-    for name, by_run in rows.items():
-        found = list(by_run.values())
-        cells = [spread([100 * row[column] for row in found]) for column in columns]
-        print(f"| {name} | {found[0]['parameters']:,} | {' | '.join(cells)} | {len(found)} |")
+        path = run / "ablations.jsonl"
+        with blame(path, "give runs of which some variant was measured"):
+            for row in map(json.loads, path.read_text().splitlines()):
+                if row["name"] in names:
+                    label = f"{row['name']}, {row['iterations']:,} iterations"
+                    found.setdefault(label, {})[run] = row
+    columns = [*(f"N = {n}" for n in PASSES), *(f"{steps} steps" for steps in QUOTA_STEPS)]
+    cells = {}
+    for label, by_run in found.items():
+        rows = list(by_run.values())
+        cells[label] = [f"{rows[0]['parameters']:,}",
+                        *(spread([row[column] for row in rows]) for column in columns),
+                        str(len(rows))]
+    print_table("Whole answers right (%) if written at once after N passes, and final results by "
+                f"quota, {N_PROBLEMS} problems", ["trained", *columns, "runs"], cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("variants", nargs="*", metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="none: list them")
+    parser.add_argument("--iters", type=COUNT, help="for a quick look (the run's)")
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best there is)")
-    parser.add_argument("--table", nargs="*", type=Path, help="print the table of RUN and these")
+    parser.add_argument("--table", nargs="*", type=Path, metavar="RUN",
+                        help="print what was measured in this run and in these")
     args = parser.parse_args()
-    unknown = [name for name in args.variants if name not in VARIANTS]
-    if unknown:
-        parser.error(f"{unknown[0]!r} is none of: {', '.join(VARIANTS)}")
     if args.table is not None:
-        return print_runs([args.run, *args.table])
-    device, _ = start_device(args.device)
-    for name in args.variants or VARIANTS:
-        ablate(args.run, name, device)
+        return print_results([args.run, *args.table], args.variants or list(VARIANTS))
+    for name in args.variants:
+        close = difflib.get_close_matches(name, VARIANTS, 1)
+        advice = f"did you mean {close[0]}?" if close else "without a variant all are listed"
+        ensure(name in VARIANTS, f"there is no variant {name!r}; {advice}")
+    if not args.variants:
+        for name, variant in VARIANTS.items():
+            print(f"{name:18} {variant.what}")
+        return
+
+    ensure_not_shipped(args.run)
+    backbone, tokenizer, _ = open_run(args.run)
+    path = args.run / "memory.pt"
+    with blame(path, "give a run that this version of train.py finished"):
+        settings = load_checkpoint(path)["settings"] | {"device": args.device}
+        settings["iters"] = args.iters or settings["iters"]
+    settings = argparse.Namespace(**settings, out=args.run, resume=False)
+    run = training_run(settings, dial_problems("train", 30_000), tokenizer)
+    backbone.to(run.device)
+    for name in args.variants:
+        row = measure(run, backbone, tokenizer, name)
+        with open(args.run / "ablations.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+    print_results([args.run], args.variants)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,21 @@
 
 Word problems with two to four sums below 21, put and answered as GSM8K's are; tokens are words and
 numbers. A backbone of two layers is trained on them, then the memory and its memoryless control
-with the settings of train.py, and train.py's two tables are printed for 1,000 test problems.
-train.py's --seed, --device, --resume and options of training may follow.
+with the settings of train.py. Printed are, on test problems, whole answers after N passes that
+write nothing, and final results under the schedules of schedules.py.
 """
 import argparse
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from schedules import compare_schedules, print_schedules
+from shared import print_table, training_arguments, training_run
 
-import eval_gsm8k  # noqa: E402
-import train  # noqa: E402
-from model import TINY, tiny_tokenizer  # noqa: E402
-from sample import Processes, run_program, start_device  # noqa: E402
+import train
+from eval_gsm8k import THINKING_PASSES, percent, whole_by_pass
+from model import TINY, tiny_tokenizer
+from sample import run_program
 
 NAMES = [" Ann", " Ben", " Eva", " Tom"]
 THINGS = [" pens", " nuts", " eggs", " coins"]
@@ -26,6 +25,7 @@ LESS = [" loses", " sells", " eats"]
 WORDS = [*NAMES, *THINGS, *MORE, *LESS, " has", " more", ". How many", " are left?", "\n####",
          "\nAnswer:", ".", ",", " +", " -", " =", *(f" {i}" for i in range(20, -1, -1))]
 LENGTH = 28                            # the longest answer, its end and one more: it divides well
+N_TRAINING = 40_000
 
 
 def problem(rng: np.random.Generator) -> dict[str, str]:
@@ -58,29 +58,27 @@ def problems(n: int, seed: int) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    given, options = parser.parse_known_args()         # the others are train.py's
-    args = train.arguments(options)
-    args.max_length = 100
-    device, _ = start_device(args.device)
-    train.check_options(args, given.out)
-
+    args = training_arguments(__doc__, "--max-length", "100")
     tokenizer = tiny_tokenizer(WORDS)
-    test, valid, rest = np.split(problems(41_500, seed=0), [1000, 1500])
-    texts = [train.read_text(p) for p in rest]
-    examples = train.tokenise(texts, tokenizer, TINY.eos_id, args.max_length)
-    run = train.Run(args, given.out, examples, LENGTH, Processes(0, 1), device)
+    every = problems(1500 + N_TRAINING, seed=0)
+    run = training_run(args, every[1500:], tokenizer, LENGTH)
     backbone = train.train_backbone(run, replace(TINY, n_layer=2), WORDS)
-    memory = train.train_memory(run, backbone, run.out / "memory.pt", "keep")
-    memoryless = train.train_memory(run, backbone, run.out / "memoryless.pt", "reset")
+    memory = train.train_memory(run, backbone, run.out / "memory.pt")
+    reset = run._replace(args=argparse.Namespace(**vars(args) | {"carry": "reset"}))
+    memoryless = train.train_memory(reset, backbone, run.out / "memoryless.pt")
 
-    # schedules that suit 28 tokens instead of 20
-    eval_gsm8k.QUOTA_STEPS = (28, 14, 9, 7, 5)
-    eval_gsm8k.BLOCK_LENGTHS = (14, 7, 4, 2)
-    train.tables(eval_gsm8k.Bench(backbone, tokenizer, test.tolist(), LENGTH),
-                 eval_gsm8k.Bench(backbone, tokenizer, valid.tolist(), LENGTH),
-                 memory, memoryless, run.out)
+    test, valid = every[:1000][:args.problems], every[1000:1500][:args.problems]
+    cells = {}
+    for name, its_memory, carry in (
+            ("frozen", None, "keep"), ("memory reset", memory, "reset"),
+            ("memory shuffled", memory, "shuffle"), ("memoryless", memoryless, "reset"),
+            ("MetaState", memory, "keep")):
+        right = whole_by_pass(backbone, tokenizer, test, memory=its_memory, carry=carry,
+                              n_passes=max(THINKING_PASSES), gen_length=LENGTH)
+        cells[name] = [percent(right[n - 1]) for n in THINKING_PASSES]
+    print_table("Whole answers right (%) if written at once after N passes over masks, N =",
+                [str(n) for n in THINKING_PASSES], cells)
+    print_schedules([compare_schedules(backbone, tokenizer, memory, test, valid, LENGTH)])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     pip install "lm-eval[math]==0.4.13"
     HF_ALLOW_CODE_EVAL=1 python experiments/lm_eval_model.py --init llada \
-        --memory out/llada/memory.pt \
-        --tasks gsm8k,minerva_math500,humaneval,mbpp --confirm-run-unsafe-code
+        --memory out/llada/memory.pt --protocol paper \
+        --tasks minerva_math500,humaneval,mbpp --confirm-run-unsafe-code
 
-The harness brings problems, prompts and scores; every prompt goes to diffusion.generate with the
-settings that eval_gsm8k.py has for the model. humaneval and mbpp execute what the model wrote: the
-harness asks for its consent flag, which is handed on, and for HF_ALLOW_CODE_EVAL=1.
+The harness brings problems, prompts, solved examples and scores. From the protocol, one of
+eval_gsm8k.py's, come the settings of sampling and whether a prompt is put as the turn of a chat;
+with --protocol paper this is how MetaState's own table was sampled. humaneval and mbpp execute what
+the model wrote: the harness wants the consent of the flag above and HF_ALLOW_CODE_EVAL=1.
 """
 import argparse
 import json
@@ -28,13 +29,11 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion import generate  # noqa: E402
-from eval_gsm8k import (DEFAULT_PROTOCOL, PROTOCOLS, Protocol, answer_text,  # noqa: E402
-                        left_padded)
-from model import InputError, check_output, ensure, write_atomically  # noqa: E402
+from eval_gsm8k import PROTOCOLS, Protocol, answer_text, choose_protocol, left_padded  # noqa: E402
+from model import InputError, blame, ensure, write_atomically  # noqa: E402
 from sample import (COUNT, COUNT_OR_ZERO, Models, add_model_options,  # noqa: E402
-                    add_sampling_options, choose_models, open_models, run_program,
-                    sampling_settings, start_device)
-
+                    add_sampling_options, choose_models, open_models, prompt_ids, run_program,
+                    sampling_settings, start_device, warn_of_length)
 
 NO_LIKELIHOODS = ("asks for likelihoods, which a sampler of masked diffusion does not give; take a "
                   "task that generates, gsm8k for example")
@@ -53,28 +52,22 @@ class MetaStateLM(LM):
         self.batch_size = batch_size
         self.seed = seed
 
-    def prompt_ids(self, context: str) -> list[int]:
-        """A harness prompt as eval_gsm8k.prompt_ids puts it: one user turn, or plain text."""
-        tokenizer = self.models.tokenizer
-        if self.protocol.chat:
-            return tokenizer.chat([{"role": "user", "content": context}])
-        start = tokenizer.encode(self.protocol.start)
-        return start + tokenizer.encode(context, special=False)
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         backbone, tokenizer, memory, _ = self.models
+        # the protocol's control tokens; words such as Q: end GSM8K's answers only
+        controls = [stop for stop in self.protocol.stops if stop.startswith("<")]
+        prompts = [prompt_ids(tokenizer, request.args[0], self.protocol.chat)
+                   for request in requests]
+        warn_of_length(backbone.config, max(map(len, prompts)) + self.settings["gen_length"])
         texts = []
         for first in range(0, len(requests), self.batch_size):
             batch = requests[first:first + self.batch_size]
-            prompts = [self.prompt_ids(request.args[0]) for request in batch]
-            ids, attention_mask = left_padded(prompts, backbone.config.pad_id,
-                                              backbone.embedding.weight.device)
+            ids, attention_mask = left_padded(prompts[first:first + self.batch_size],
+                                              backbone.config.pad_id, backbone.device)
             seeds = range(self.seed + first, self.seed + first + len(batch))
-            out = generate(backbone, ids, attention_mask=attention_mask, memory=memory,
-                           seeds=seeds, **self.settings)
-            # the protocol's control tokens; words such as Q: stop GSM8K's answers only
-            controls = [stop for stop in self.protocol.stops if stop.startswith("<")]
-            for request, row in zip(batch, out[:, ids.shape[1]:].tolist()):
+            canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory,
+                              seeds=seeds, **self.settings)
+            for request, row in zip(batch, canvas[:, ids.shape[1]:].tolist()):
                 stops = (*request.args[1].get("until", []), *controls)
                 texts.append(answer_text(tokenizer, row, stops))
         return texts
@@ -82,7 +75,7 @@ class MetaStateLM(LM):
     def loglikelihood(self, requests: list[Instance]) -> list:
         raise InputError(f"a task {NO_LIKELIHOODS}")
 
-    loglikelihood_rolling = loglikelihood
+    loglikelihood_rolling = loglikelihood      # the harness wants both to be there
 
 
 def check_tasks(manager: TaskManager, names: list[str], may_execute: bool) -> None:
@@ -94,46 +87,48 @@ def check_tasks(manager: TaskManager, names: list[str], may_execute: bool) -> No
         ensure(may_execute or not config.get("unsafe_code"), f"task {name} executes what the model "
                "writes; where that is safe, give --confirm-run-unsafe-code and set "
                "HF_ALLOW_CODE_EVAL=1")
-    try:
+    with blame(f"--tasks {','.join(names)}", "see the harness's README of the task"):
         tasks = manager.load(names)["tasks"]
-    except Exception as error:         # a task brings code of its own
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"--tasks {','.join(names)} cannot be loaded ({reason}); see the README "
-                         "of the task in the harness for what it needs")
     for name, task in tasks.items():
         generates = task.get_config("output_type") == "generate_until"
         ensure(generates, f"task {name} {NO_LIKELIHOODS}")
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_model_options(parser)
     add = parser.add_argument_group("harness").add_argument
     add("--tasks", required=True, help="names of the harness's tasks, separated by commas")
+    add("--protocol", choices=PROTOCOLS, help="whose settings of sampling, and whether to chat "
+        "(default: by --init, as eval_gsm8k.py chooses)")
     add("--include-path", type=Path, help="a folder with task files of your own")
     add("--num-fewshot", type=COUNT_OR_ZERO, help="default: the task's")
     add("--limit", type=COUNT, help="only the first so many problems of each task")
     add("--batch-size", type=COUNT, default=16)
     add("--out", type=Path, default=Path("out/lm_eval.json"), help="where the results go")
     add("--confirm-run-unsafe-code", action="store_true", help="let tasks execute written code")
-    add_sampling_options(parser, "eval_gsm8k.py's for the model")
-    args = parser.parse_args()
+    add_sampling_options(parser, "the protocol's")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     choice = choose_models(args)
-    protocol = PROTOCOLS[DEFAULT_PROTOCOL.get(choice.name, DEFAULT_PROTOCOL[choice.kind])]
+    name, protocol = choose_protocol(args.protocol, choice, args.chat)
     settings = sampling_settings(args, protocol.settings)
-    check_output(args.out)
-    names = args.tasks.split(",")
+    tasks = args.tasks.split(",")
     manager = TaskManager(include_path=args.include_path)
     may_execute = args.confirm_run_unsafe_code and os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
-    check_tasks(manager, names, may_execute)
-    device, _ = start_device(args.device)
+    check_tasks(manager, tasks, may_execute)
+    device, _ = start_device(args.device, choice.kind)
     models = open_models(choice, args, device)
     found = simple_evaluate(
-        MetaStateLM(models, protocol, settings, args.batch_size, args.seed),
-        tasks=names, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
+        MetaStateLM(models, protocol, settings, args.batch_size, args.seed), tasks=tasks,
+        num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
         confirm_run_unsafe_code=may_execute, bootstrap_iters=1000)
     print(make_table(found))
-    saved = {"identity": models.identity, "settings": settings, "results": found["results"]}
+    saved = {"identity": models.identity, "protocol": name, "chat": protocol.chat,
+             "settings": settings, "results": found["results"]}
     write_atomically(args.out, json.dumps(saved, default=str).encode())
     print(f"the results are in {args.out}")
 

@@ -1,47 +1,50 @@
 """Speed and memory, each beside its arithmetic: python tests/bench.py [--device cuda] [--compile]
 
-    python tests/bench.py                                # a small shape on a CPU
+    python tests/bench.py                                # a small model on a CPU, some minutes
     python tests/bench.py --device cuda --preset dream   # 8B shapes, random weights, on a GPU
-    python tests/bench.py --preset llada --device cpu --checkpoint FOLDER
+    python tests/bench.py --preset llada --device cpu --checkpoint FOLDER      # takes 24 GB
 
-An 8B model on a CPU needs 24 GB of memory. With --checkpoint loading is measured, too: random
-weights in the released layout are written to FOLDER if it has none (16 GB for an 8B model).
-
-The machine's ceilings, matrix product and reading memory, are measured first; torch counts the
-FLOPs. In every row the ratio is measured / bound: 1 is the best that a time can be, and what the
-arithmetic says of memory. Other work on the machine falsifies times, so the last line says how much
-of the cores this process had.
+The machine's ceilings, matrix product and reading memory, are measured first. In every row the
+ratio is measured / bound: 1 is the best that a time can be, and what the arithmetic says of memory.
+Other work on the machine falsifies times, so the last line says how much of the cores this process
+had. On a CPU with one thread (OMP_NUM_THREADS=1) times are CPU seconds, which it disturbs least.
 """
 import argparse
+import io
 import json
+import math
 import os
 import platform
 import re
 import sys
+import tempfile
 import time
+import weakref
+from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import train  # noqa: E402
 from diffusion import generate, unroll  # noqa: E402
 from metastate import MemoryConfig, MetaState, preset  # noqa: E402
-from model import (CONFIG_FIXED, CONFIG_KEYS, DREAM, LLADA, Backbone, Config,  # noqa: E402
-                   load_backbone, original_name, write_atomically)
-from sample import COUNT  # noqa: E402
+from model import (CONFIG_KEYS, DREAM, LLADA, TINY, Backbone, Config, load_backbone,  # noqa: E402
+                   original_name, read_safetensors, tiny_tokenizer, write_atomically)
+from sample import COUNT, DIAL_LENGTH, WORDS, Processes  # noqa: E402
 
-SMALL = replace(LLADA, vocab_size=8192, n_layer=8, n_head=4, n_kv_head=4, d_model=256, d_ff=768,
-                mask_id=8190, eos_id=8191, pad_id=8191, eot_id=None)
+SMALL = replace(LLADA, n_layer=8, n_head=8, n_kv_head=8, d_model=1024, d_ff=3072)
 PRESETS = {"small": SMALL, "llada": LLADA, "dream": DREAM}
 K = 4
 CHUNK = 256                            # rows of logits at a time, see diffusion.cross_entropy
-CARD = 22e9                            # of a card with 24 GB
 
 
 # -------------------------------------------------------------------------------- MEASURING
@@ -58,21 +61,17 @@ class Machine(NamedTuple):
         return max(flops / self.product, n_bytes / self.read)
 
 
-class Cost(NamedTuple):
-    seconds: float
-    flops: int                         # of matrix products (and of attention on a GPU)
-    peak: int                          # bytes on the device; on a CPU those of this process
-
-
 def fastest(run: Callable[[], object], device: torch.device, tries: int) -> float:
     """Seconds of the fastest run: what disturbs a run only makes it slower."""
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
     times = []
     for _ in range(tries):
-        begin = time.perf_counter()
+        begin = clock()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append(clock() - begin)
     return min(times)
 
 
@@ -91,25 +90,23 @@ def peak_bytes(device: torch.device) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
-def measure(run: Callable[[], object], device: torch.device, tries: int) -> Cost:
-    """The first run warms up, and torch counts what it computes."""
+def measure(run: Callable[[], object], device: torch.device, tries: int) -> tuple[float, int]:
+    """Seconds and FLOPs of matrix products (and of attention on a GPU). The first run warms up."""
     with FlopCounterMode(display=False) as counter:
         run()
-    reset_peak(device)
-    best = fastest(run, device, tries)
-    return Cost(best, counter.get_total_flops(), peak_bytes(device))
+    return fastest(run, device, tries), counter.get_total_flops()
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    reset_peak(device)
-    held = peak_bytes(device)
     on_gpu = device.type == "cuda"
     n = 8192 if on_gpu else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
     product = 2 * n ** 3 / fastest(lambda: a @ a, device, tries=5)
     x = torch.randn(2 ** 30 if on_gpu else 2 ** 26, device=device)
     read = x.nbytes / fastest(lambda: x.sum(), device, tries=5)
-    return Machine(device, dtype, product, read, held)
+    del a, x
+    reset_peak(device)
+    return Machine(device, dtype, product, read, peak_bytes(device))
 
 
 def storage(x: Tensor) -> tuple[int, int]:
@@ -118,16 +115,17 @@ def storage(x: Tensor) -> tuple[int, int]:
 
 def kept_bytes(forward: Callable[[], Tensor], modules: list[torch.nn.Module]) -> int:
     """What autograd keeps of a forward pass for the backward pass, beyond the modules' weights."""
-    weights = {storage(p) for module in modules for p in module.parameters()}
-    kept = set()
+    packed = []
 
     def pack(x: Tensor) -> Tensor:
-        kept.add(storage(x))
+        packed.append(weakref.ref(x))
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = forward()               # alive until here, so that no address is used twice
-    del loss
+        loss = forward()
+    kept = {storage(x) for x in (ref() for ref in packed) if x is not None}
+    del loss                           # until here it held them
+    weights = {storage(p) for module in modules for p in module.parameters()}
     return sum(n_bytes for _, n_bytes in kept - weights)
 
 
@@ -140,62 +138,126 @@ def shown(value: float, unit: str) -> str:
     return f"{1e3 * value:.4g} m{unit}"
 
 
-def row(what: str, bound: float, measured: float, unit: str) -> None:
-    print(f"| {what} | {shown(bound, unit)} | {shown(measured, unit)} | {measured / bound:.3f} |",
-          flush=True)
+def row(what: str, bound: float, measured: float, unit: str, *more: float) -> None:
+    ratios = " | ".join(f"{ratio:.3f}" for ratio in (measured / bound, *more))
+    print(f"| {what} | {shown(bound, unit)} | {shown(measured, unit)} | {ratios} |", flush=True)
 
 
 def header(*cells: str) -> None:
     print(f"\n| {' | '.join(cells)} |\n{'|---' * len(cells)}|", flush=True)
 
 
-# ---------------------------------------------------------------------- ARITHMETIC OF MEMORY
+# ------------------------------------------------------------------------------ RANDOM MODELS
 
-def n_weights(c: Config) -> int:
+def on_meta(c: Config) -> Backbone:
+    """Shapes without memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Backbone(c).parameters())
+        return Backbone(c)
 
 
-def n_trained(m: MemoryConfig) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in MetaState(m).parameters())
+def n_values(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() for x in tensors)
+
+
+def fill(name: str, p: Tensor) -> Tensor:
+    """Norms are one, biases zero, other weights a hundredth or so. Uniform, since 8 billion normal
+    draws take a CPU minutes."""
+    return p.uniform_(-0.03, 0.03) if p.dim() == 2 else p.fill_("norm" in name)
+
+
+def random_backbone(c: Config, machine: Machine) -> Backbone:
+    backbone = on_meta(c).to(machine.dtype).to_empty(device=machine.device)
+    for name, p in backbone.named_parameters():
+        fill(name, p.requires_grad_(False))
+    return backbone.eval()
+
+
+def memory_config(c: Config) -> MemoryConfig:
+    """The preset's, for the small model as narrow as that is."""
+    m = preset(on_meta(c))
+    return replace(m, d_slot=m.d_slot // 4, d_time=m.d_time // 4) if c == SMALL else m
+
+
+def random_memory(c: Config, device: torch.device) -> MetaState:
+    """As if trained: its output is not zero."""
+    memory = MetaState(memory_config(c)).to(device)
+    torch.nn.init.normal_(memory.injector.out.weight, std=1e-3)
+    return memory
+
+
+def write_checkpoint(c: Config, folder: Path) -> None:
+    """Random weights by their released names, tensor by tensor: there is never more than one of
+    them in memory. config.json is written last: where it stands, the checkpoint is whole."""
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(on_meta(c).to(torch.bfloat16).named_parameters())
+    entries, end = {}, 0
+    for name, p in parameters.items():
+        entries[original_name(c.kind, name)] = {"dtype": "BF16", "shape": list(p.shape),
+                                                "data_offsets": [end, end + p.nbytes]}
+        end += p.nbytes
+    text = json.dumps(entries).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, p in parameters.items():
+            values = fill(name, torch.empty_like(p, device="cpu"))
+            file.write(values.view(torch.uint8).numpy().data)
+        os.fsync(file.fileno())        # the system's cache forgets only what is on the disk
+    config = {theirs: getattr(c, ours) for ours, theirs in CONFIG_KEYS[c.kind].items()}
+    write_atomically(folder / "config.json", json.dumps(config | {"model_type": c.kind}).encode())
+
+
+# ------------------------------------------------------------------------------- ARITHMETIC
+
+def pass_flops(c: Config, m: MemoryConfig | None, T: int, n_keys: int, n_rows: float) -> float:
+    """One pass: T tokens attend to n_keys, n_rows of them are scored."""
+    matrices = [p for p in on_meta(c).layers.parameters() if p.dim() == 2]
+    flops = 2 * T * n_values(matrices) + 4 * T * n_keys * c.d_model * c.n_layer
+    flops += 2 * n_rows * c.d_model * c.vocab_size
+    if m is not None:
+        flops += 8 * T * m.d_slot * (m.d_model + m.n_slots)    # Injector and Mixer over the tokens
+        flops += 20 * m.n_slots * m.d_slot ** 2        # their maps of the slots, the Updater's six
+    return flops
 
 
 def kept_terms(c: Config, m: MemoryConfig, T: int, item: int) -> dict[str, int]:
     """Bytes that K unrolled steps of one row of T tokens, all of them maskable, keep for the
-    backward pass, everything recomputed. item: bytes of a number in the backbone's precision."""
-    above = c.n_layer - m.write_layer
+    backward pass, everything recomputed. item: bytes of a number in the backbone's precision.
+    What the last step's Mixer has read is not kept: nobody asks for the slots that come of it."""
+    n_inputs = K * (c.n_layer + 2) - 1
     n_picked = T * (K + 1) // 2        # masked tokens of all steps, when each reveals a K-th
-    bias = m.n_head * m.n_slots * T * 4
-    slots = m.n_slots * m.d_slot * (4 + item)          # new ones, and what the Mixer read
+    anchors = (4 * m.n_head + 1) * m.n_slots * T * 4
+    slots = (K - 1) * m.n_slots * m.d_slot * (4 + item)        # new ones, and what the Mixer read
     return {
-        f"inputs of the Injector and of {above} recomputed layers, {K} steps":
-            K * (above + 1) * T * c.d_model * item,
-        f"attention biases of Mixer and Injector and their roots, slots, {K} steps":
-            K * (4 * bias + slots),
+        f"inputs of Injector, {c.n_layer} recomputed layers and Mixer, {K} steps":
+            n_inputs * T * c.d_model * item,
+        f"anchors of Mixer and Injector and their roots, once; slots, {K} steps": anchors + slots,
         f"picked rows for the head, {K} steps": n_picked * c.d_model * item,
     }
 
 
-def passing_terms(c: Config, T: int, item: int) -> dict[str, int]:
-    """Bytes that are there for a moment of the backward pass; the larger one counts."""
+def memory_terms(c: Config, m: MemoryConfig, T: int, item: int) -> dict[str, int]:
+    """Where the memory of a K-step training iteration goes, in bytes; their sum is the peak."""
+    with torch.device("meta"):
+        muon, adamw = train.optimizers(MetaState(m))
+    n_muon, n_adamw = (n_values(o.param_groups[0]["params"]) for o in (muon, adamw))
     d_kv = c.n_kv_head * c.d_model // c.n_head
     kept = 3 * c.d_model + 2 * d_kv + 3 * c.d_ff       # what autograd keeps of one layer
     gradients = c.d_model + 2 * c.d_ff                 # of its output, and within the MLP
-    return {
+    rows = min(CHUNK, T)
+    passing = {                        # there for a moment of the backward pass, never together
         "one layer recomputed, and its gradients": T * (kept + gradients) * item,
-        f"one chunk of {CHUNK} rows of logits, float32: log p and two gradients":
-            CHUNK * c.vocab_size * 12,
+        f"one chunk of {rows} rows of logits, float32: log p and two gradients":
+            rows * c.vocab_size * 12,
     }
-
-
-def memory_terms(c: Config, m: MemoryConfig, T: int, item: int) -> dict[str, int]:
-    """Where the memory of a K-step training step goes, in bytes; their sum is the peak."""
-    passing = passing_terms(c, T, item)
     largest = max(passing, key=passing.get)
     return {
-        "frozen weights": item * n_weights(c),
-        "memory, gradients and AdamW's two moments, float32": 16 * n_trained(m),
+        "frozen weights": item * n_values(on_meta(c).parameters()),
+        f"matrices of the memory, gradients, Muon's moment: {n_muon / 1e6:.2f} M x 12 bytes":
+            12 * n_muon,
+        f"the rest of it, gradients, AdamW's two moments: {n_adamw / 1e6:.2f} M x 16 bytes":
+            16 * n_adamw,
         **kept_terms(c, m, T, item),
         largest: passing[largest],
     }
@@ -209,164 +271,39 @@ def print_memory_table(c: Config, m: MemoryConfig, T: int) -> None:
     print(f"| sum | {sum(terms.values()) / 1e9:.2f} |")
 
 
-# ------------------------------------------------------------------------------ RANDOM MODELS
-
-def random_values(name: str, p: Tensor) -> Tensor:
-    """Norms are one, biases zero, other weights a hundredth or so. Uniform, since 8 billion normal
-    draws take a CPU minutes."""
-    if p.dim() == 2:
-        return torch.empty_like(p).uniform_(-0.03, 0.03)
-    return torch.ones_like(p) if "norm" in name else torch.zeros_like(p)
-
-
-def random_backbone(c: Config, machine: Machine) -> Backbone:
-    with torch.device("meta"):
-        backbone = Backbone(c)
-    backbone = backbone.to(machine.dtype).to_empty(device=machine.device)
-    for name, p in backbone.named_parameters():
-        p.requires_grad_(False).copy_(random_values(name, p))
-    return backbone.eval()
-
-
-def memory_config(c: Config) -> MemoryConfig:
-    """The preset's, or for the small shape one in the same proportion to its backbone."""
-    with torch.device("meta"):
-        config = preset(Backbone(c))
-    return replace(config, d_slot=88, d_time=16) if c == SMALL else config
-
-
-def random_memory(c: Config, device: torch.device) -> MetaState:
-    """As if trained: its output is not zero."""
-    memory = MetaState(memory_config(c)).to(device)
-    torch.nn.init.normal_(memory.injector.out.weight, std=1e-3)
-    return memory
-
-
-# --------------------------------------------------------------------- CHECKPOINTS ON THE DISK
-# In the released layout: config.json, an index, and shards in which LLaDA's tensors are grouped by
-# kind and Dream's stand in order.
-
-SHARD = {"llada": 3e9, "dream": 5e9}   # bytes, at most
-
-
-def shards(c: Config) -> Iterator[dict[str, Tensor]]:
-    """The parameters of every shard by our names, shapes without memory."""
-    with torch.device("meta"):
-        parameters = dict(Backbone(c).to(torch.bfloat16).named_parameters())
-    names = list(parameters)
-    if c.kind == "llada":
-        names.sort(key=lambda name: re.sub(r"\d+", "", name))
-    shard: dict[str, Tensor] = {}
-    for name in names:
-        size = sum(p.nbytes for p in shard.values())
-        if shard and size + parameters[name].nbytes > SHARD[c.kind]:
-            yield shard
-            shard = {}
-        shard[name] = parameters[name]
-    yield shard
-
-
-def write_shard(path: Path, kind: str, shard: dict[str, Tensor]) -> None:
-    """Random weights, tensor by tensor: there is never more than one of them in memory."""
-    entries, end = {}, 0
-    for name, p in shard.items():
-        entries[original_name(kind, name)] = {"dtype": "BF16", "shape": list(p.shape),
-                                              "data_offsets": [end, end + p.nbytes]}
-        end += p.nbytes
-    text = json.dumps(entries).encode()
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for name, p in shard.items():
-            values = random_values(name, torch.empty_like(p, device="cpu"))
-            file.write(values.view(torch.uint8).numpy().data)
-
-
-def write_checkpoint(c: Config, folder: Path) -> None:
-    """The index is written last: where it stands, the checkpoint is whole."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return
-    weight_map, total = {}, 0
-    every = list(shards(c))
-    for i, shard in enumerate(every, 1):
-        path = folder / f"model-{i:05d}-of-{len(every):05d}.safetensors"
-        print(f"writing {path}", file=sys.stderr)
-        write_shard(path, c.kind, shard)
-        weight_map |= {original_name(c.kind, name): path.name for name in shard}
-        total += sum(p.nbytes for p in shard.values())
-    config = {theirs: getattr(c, ours) for ours, theirs in CONFIG_KEYS[c.kind].items()}
-    config |= CONFIG_FIXED[c.kind] | {"model_type": {"llada": "llada", "dream": "Dream"}[c.kind]}
-    write_atomically(folder / "config.json", json.dumps(config).encode())
-    found = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_atomically(index, json.dumps(found).encode())
-
-
-def read_through(paths: list[Path]) -> float:
-    """Seconds of reading the first file plainly. None of them is in the system's cache after."""
-    begin = time.perf_counter()
-    with open(paths[0], "rb", buffering=0) as file:
-        while file.read(2 ** 24):
-            pass
-    took = time.perf_counter() - begin
-    for path in paths:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return took
-
-
 # ------------------------------------------------------------------------------ MEASUREMENTS
 
-def measure_loading(c: Config, folder: Path, machine: Machine) -> Backbone:
+def measure_loading(folder: Path, machine: Machine) -> Backbone:
+    """load_backbone, beside reading the same tensors and doing nothing with them."""
     paths = sorted(folder.glob("*.safetensors"))
-    read_through(paths)                # so that the next one comes from the disk
-    speed = paths[0].stat().st_size / read_through(paths)
-    reset_peak(machine.device)
-    begin = time.perf_counter()
-    backbone = load_backbone(folder, device=machine.device, dtype=machine.dtype)
-    took = time.perf_counter() - begin
+    stored = [tensor for path in paths for tensor in read_safetensors(path).values()]
+    runs = (lambda: [tensor.read().numel() for tensor in stored],
+            lambda: load_backbone(folder, device=machine.device, dtype=machine.dtype))
+    seconds = []
+    for run in runs:
+        for path in paths:             # both come from the disk, not from the system's cache
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        reset_peak(machine.device)
+        begin = time.perf_counter()
+        backbone = run()
+        seconds.append(time.perf_counter() - begin)
 
-    on_disk = 2 * n_weights(c)
-    row(f"loading {on_disk / 1e9:.2f} GB; bound: reading the files", on_disk / speed, took, "s")
-    held = sum(p.nbytes for p in backbone.parameters()) + machine.held
+    on_disk = [tensor.n_bytes for tensor in stored]
+    row(f"loading {sum(on_disk) / 1e9:.2f} GB; bound: reading it", *seconds, "s")
+    held = machine.held + machine.dtype.itemsize * n_values(backbone.parameters())
     if machine.device.type == "cpu":
-        held += max(path.stat().st_size for path in paths)     # mapped until all of it is copied
+        held += max(on_disk)           # one tensor as it was read
     row("the same, peak memory", held, peak_bytes(machine.device), "B")
     return backbone
 
 
-def measure_sampling(backbone: Backbone, memory: MetaState, T: int, machine: Machine, tries: int
-                     ) -> None:
-    """One denoising step of T tokens, half of them prompt."""
-    c, device, steps = backbone.config, machine.device, 2
-    memory.requires_grad_(False)       # torch's counter stumbles over gradients that nobody takes
-    prompt = torch.randint(c.mask_id, (1, T // 2), device=device)
-
-    def run(memory: MetaState | None) -> Callable[[], object]:
-        return lambda: generate(backbone, prompt, memory=memory, gen_length=T // 2, steps=steps)
-
-    without = measure(run(None), device, tries)
-    using = measure(run(memory), device, tries)
-    weights = sum(p.nbytes for p in backbone.parameters())
-    bound = machine.at_best(without.flops / steps, weights)
-    row(f"denoising step, 1 x {T} tokens", bound, without.seconds / steps, "s")
-    row("the same with memory; bound: without it, times the share of its FLOPs",
-        without.seconds / steps * using.flops / without.flops, using.seconds / steps, "s")
-    # at most as many of the head's rows are wanted as the answer has: logits, a copy of them
-    # without the mask, and their float32 softmax
-    logits = T // 2 * c.vocab_size * (2 * machine.dtype.itemsize + 8)
-    layer = passing_terms(c, T, machine.dtype.itemsize)["one layer recomputed, and its gradients"]
-    held = machine.held + weights + 4 * n_trained(memory.config) + max(logits, layer)
-    row("the same, peak memory", held, using.peak, "B")
-
-
 def measure_training(backbone: Backbone, memory: MetaState, T: int, machine: Machine, tries: int
                      ) -> None:
-    """A K-step unroll, its backward pass and the optimiser's step."""
-    c, m, device = backbone.config, memory.config, machine.device
+    """A K-step unroll and its backward pass, as one of several micro-batches: gradients and the
+    optimisers' moments are there already."""
+    c, m, device, item = backbone.config, memory.config, machine.device, machine.dtype.itemsize
     backbone.recompute = True
-    memory.requires_grad_(True)
-    optimizer = torch.optim.AdamW(memory.parameters())
     batch = {
         "ids": torch.randint(c.mask_id, (1, T), device=device),
         "maskable": torch.ones(1, T, dtype=torch.bool, device=device),
@@ -379,76 +316,152 @@ def measure_training(backbone: Backbone, memory: MetaState, T: int, machine: Mac
         loss, _ = unroll(backbone, memory, **batch, lam=0.5)
         return loss
 
-    def step() -> None:
-        forward().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
     kept = kept_bytes(forward, [backbone, memory])
-    found = measure(step, device, tries)
-    weights = sum(p.nbytes for p in backbone.parameters())
-    passes = K * (1 + 2 * (1 - m.write_layer / c.n_layer))     # over the weights
-    bound = machine.at_best(found.flops, passes * weights)
-    row(f"K = {K} training step, 1 x {T} tokens", bound, found.seconds, "s")
-    row("the same, throughput; bound: the ceiling", machine.product, found.flops / found.seconds,
-        "FLOP/s")
-    item = machine.dtype.itemsize
+    forward().backward()
+    optimizers = train.optimizers(memory)
+    update = fastest(lambda: [optimizer.step() for optimizer in optimizers], device, tries=1)
+    reset_peak(device)
+    seconds, flops = measure(lambda: forward().backward(), device, tries)
+    weights = 3 * K * item * n_values(backbone.layers.parameters())    # read three times a step
+    row(f"K = {K} training, gradient of 1 x {T} tokens, {flops / T / 1e9:.1f} GFLOP a token",
+        machine.at_best(flops, weights), seconds, "s")
     row("the same, kept for the backward pass", sum(kept_terms(c, m, T, item).values()), kept, "B")
     held = machine.held + sum(memory_terms(c, m, T, item).values())
-    row("the same, peak memory", held, found.peak, "B")
-    if device.type == "cuda":
-        row("the same; bound: what a card of 24 GB has", CARD, found.peak, "B")
+    row("the same, peak memory", held, peak_bytes(device), "B")
+    n_bytes = 12 * n_values(memory.parameters())
+    row("an update; bound: reading weights, gradients and moments", n_bytes / machine.read, update,
+        "s")
+
+
+@torch.no_grad()
+def official_style(backbone: Backbone, prompt: Tensor, gen_length: int, block_length: int
+                   ) -> Tensor:
+    """What LLaDA's generate.py computes, one token a step: in every pass logits of the whole canvas
+    and of all of them a softmax in float64 (its precision until June 2025)."""
+    mask_id = backbone.config.mask_id
+    n_prompt = prompt.shape[1]
+    canvas = F.pad(prompt, (0, gen_length), value=mask_id)             # (1, T)
+    for i in range(gen_length):
+        end_of_block = n_prompt + (i // block_length + 1) * block_length
+        logits = backbone(canvas)                                      # (1, T, V)
+        tokens = logits.argmax(-1)                                     # (1, T)
+        p = logits.double().softmax(-1)                                # (1, T, V)
+        confidence = p.gather(-1, tokens[..., None])[..., 0]           # (1, T)
+        confidence[:, end_of_block:] = -1
+        confidence[canvas != mask_id] = -1
+        best = confidence.argmax()
+        canvas[:, best] = tokens[:, best]
+    return canvas
+
+
+def measure_samplers(backbone: Backbone, memory: MetaState, n_prompt: int, n_new: int, block: int,
+                     machine: Machine, tries: int) -> None:
+    """One token a pass, with and without cache and memory, by turns in one run."""
+    c, device, item = backbone.config, machine.device, machine.dtype.itemsize
+    T = n_prompt + n_new
+    prompt = torch.randint(c.mask_id, (1, n_prompt), device=device)
+    sampler = partial(generate, backbone, prompt, gen_length=n_new, steps=n_new, block_length=block,
+                      remasking="entropy" if c.shift else "low_confidence")
+    weights = item * n_values([*backbone.layers.parameters(), backbone.lm_head.weight])
+
+    def at_best(n_run: int, n_rows: float, memory: MetaState | None) -> float:
+        """Seconds of one pass that runs n_run tokens and scores n_rows."""
+        flops = pass_flops(c, memory and memory.config, n_run, T, n_rows)
+        n_bytes = weights + (4 * n_values(memory.parameters()) if memory else 0)
+        return machine.at_best(flops, n_bytes)
+
+    runs = {"official": partial(official_style, backbone, prompt, n_new, block)}
+    bounds = {"official": n_new * at_best(T, T, None)}
+    n_whole = n_new // block           # passes that run the whole canvas under a cache
+    n_rows = (block + 1) / 2           # of a block that are masked, in the mean
+    for cache in (False, True):
+        for name, its_memory in (("ours", None), ("ours, memory", memory)):
+            name += ", cache" if cache else ""
+            runs[name] = partial(sampler, cache=cache, memory=its_memory)
+            bounds[name] = n_whole * at_best(T, n_rows, its_memory)
+            bounds[name] += (n_new - n_whole) * at_best(block if cache else T, n_rows, its_memory)
+    canvases, seconds = {}, dict.fromkeys(runs, math.inf)
+    for _ in range(tries):
+        for name, run in runs.items():
+            took = fastest(lambda: canvases.update({name: run()}), device, tries=1)
+            seconds[name] = min(seconds[name], took)
+
+    header(f"sampler: prompt {n_prompt}, {n_new} new in blocks of {block}", "bound", "measured",
+           "ratio", "bound / ours", "measured / ours", "measured / official")
+    for name in runs:
+        row(name, bounds[name], seconds[name], "s", bounds[name] / bounds["ours"],
+            seconds[name] / seconds["ours"], seconds[name] / seconds["official"])
+    if not c.shift:                    # Dream's own rule takes other tokens
+        same = (canvases["ours"] == canvases["official"])[:, n_prompt:].sum()
+        print(f"\n{same} of {n_new} tokens of ours are those of official")
+
+
+def measure_tiny(device: torch.device, tries: int) -> None:
+    """Iterations 2 to 13 of both trainings of `python train.py`, on one thread as there."""
+    torch.set_num_threads(1)
+    machine = measure_machine(device, torch.float32)
+    backbone = Backbone(TINY).to(device).requires_grad_(False)
+    texts = train.find_texts(None, "tiny")[:3000]
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        args = train.arguments(["--out", folder])
+        examples = train.tokenise(texts, tiny_tokenizer(WORDS), TINY.eos_id, args.max_length, True)
+        run = train.Run(args, Path(folder), examples, DIAL_LENGTH, Processes(0, 1), device)
+        trainings = {
+            "backbone": lambda: train.train_backbone(run, TINY, WORDS),
+            "memory": lambda: train.train_memory(run, backbone, run.out / "memory.pt"),
+        }
+        costs = {}
+        for what, training in trainings.items():
+            for iters in (1, 13):
+                args.iters = args.backbone_iters = iters
+                costs[what, iters] = measure(training, device, tries)
+    header("tiny", "bound", "measured", "ratio")
+    for what in trainings:
+        seconds, flops = ((b - a) / 12 for a, b in zip(costs[what, 1], costs[what, 13]))
+        row(f"{what}, an iteration: {1 / seconds:.3g} a second", flops / machine.product, seconds,
+            "s")
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--preset", choices=PRESETS, help="default: llada on a GPU, else small")
-    parser.add_argument("--tokens", type=COUNT, nargs="+", help="default: 1024 on a GPU, else 64 "
-                        "and 128")
-    parser.add_argument("--tries", type=COUNT, default=3, help="runs, of which the fastest counts")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the layers")
-    parser.add_argument("--checkpoint", type=Path, metavar="FOLDER", help="load these weights; "
-                        "they are written if they are not there")
-    args = parser.parse_args()
-    args.device = torch.device(args.device)
-    on_gpu = args.device.type == "cuda"
-    args.preset = args.preset or ("llada" if on_gpu else "small")
-    args.tokens = args.tokens or ([1024] if on_gpu else [64, 128])
-    return args
-
-
 def main() -> None:
-    args = arguments()
-    c, device = PRESETS[args.preset], args.device
-    dtype = torch.float32 if c == SMALL else torch.bfloat16
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--preset", choices=PRESETS, help="default: llada on a GPU, else small")
+    add("--tries", type=COUNT, default=1, help="runs, of which the fastest counts")
+    add("--compile", action="store_true", help="torch.compile the layers")
+    add("--checkpoint", type=Path, metavar="FOLDER", help="load these weights; random ones in the "
+        "released layout are written if it has none (16 GB for an 8B model)")
+    args = parser.parse_args()
+    device = torch.device(args.device)
     on_gpu = device.type == "cuda"
+    c = PRESETS[args.preset or ("llada" if on_gpu else "small")]
+    dtype = torch.float32 if c == SMALL else torch.bfloat16
     name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, {dtype}, "
           f"{c.kind} with {c.n_layer} layers of width {c.d_model}"
           f"{', compiled' if args.compile else ''}")
     if args.checkpoint:
         write_checkpoint(c, args.checkpoint)
-    if c != SMALL:
-        print_memory_table(c, memory_config(c), 1024)
+    large = LLADA if c == SMALL else c
+    print_memory_table(large, memory_config(large), 1024)
 
     begin, begin_cpu = time.perf_counter(), time.process_time()
     machine = measure_machine(device, dtype)
     header("what", "bound", "measured", "ratio")
     print(f"| ceilings | | {shown(machine.product, 'FLOP/s')}, {shown(machine.read, 'B/s')} | |")
     if args.checkpoint:
-        backbone = measure_loading(c, args.checkpoint, machine)
+        backbone = measure_loading(args.checkpoint, machine)
     else:
         backbone = random_backbone(c, machine)
     if args.compile:
         backbone.compile_layers()
     memory = random_memory(c, device)
-    for T in args.tokens:
-        measure_sampling(backbone, memory, T, machine, args.tries)
-    for T in args.tokens:
-        measure_training(backbone, memory, T, machine, args.tries)
+    measure_training(backbone, memory, 1024 if on_gpu else 64, machine, args.tries)
+    lengths = (960, 64, 32) if on_gpu else (256, 16, 8)
+    measure_samplers(backbone, memory, *lengths, machine, args.tries)
+    measure_tiny(device, args.tries)
     cores = (time.process_time() - begin_cpu) / (time.perf_counter() - begin)
     print(f"\nthis process had {cores:.2f} cores on average")
 

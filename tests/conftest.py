@@ -52,8 +52,7 @@ def backbone() -> Backbone:
 def memory(backbone) -> MetaState:
     """A memory that matters: as if trained, nothing in it is zero."""
     torch.manual_seed(1)
-    memory = MetaState(MemoryConfig(64, n_slots=5, d_slot=32, n_head=4, d_time=16, write_layer=1,
-                                    read_layer=2))
+    memory = MetaState(MemoryConfig(64, n_slots=5, d_slot=32, n_head=4, d_time=16))
     for p in memory.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval_gsm8k import WORDS
 from metastate import MetaState, preset, save_checkpoint
 from model import (CONFIG_KEYS, LLADA, PATTERNS, TINY, Backbone, Config, bytes_of_characters,
                    original_name, save_backbone)
+from sample import WORDS
 
 
 def memory_for(backbone: Backbone) -> MetaState:
@@ -26,7 +26,7 @@ def save_run(folder: Path) -> Path:
     backbone = Backbone(TINY)
     memory = memory_for(backbone)
     save_backbone(backbone, folder / "backbone", WORDS)
-    save_checkpoint(folder / "memory.pt", memory, step=1, settings={},
+    save_checkpoint(folder / "memory.pt", memory, iteration=1, optimizers=[], settings={},
                     backbone={"name": "tiny", "digest": backbone.digest()})
     return folder / "memory.pt"
 

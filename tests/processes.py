@@ -21,9 +21,10 @@ from typing import Callable
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = int(os.environ.get("TEST_LIMIT", 300))  # seconds for any program, on a busy machine too
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+LOADED = ["torch._dynamo", "train", "eval_gsm8k", "sample"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes", "torch._dynamo", "train", "eval_gsm8k", "sample"])
+CONTEXT.set_forkserver_preload(["processes", *LOADED])
 
 
 def start_server() -> None:
@@ -43,7 +44,7 @@ def n_threads(pid: int) -> int:
 
 def child(argv: list[str], folder: str, env: dict, stdout: str, stderr: str) -> None:
     """In the child: what an interpreter does with `python argv[0] ...`, and with its end."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))     # as a program's first line does
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # the server ignores it
     code = 70                                          # the child itself went wrong
     try:
         for path, stream in ((stdout, 1), (stderr, 2)):
@@ -54,7 +55,7 @@ def child(argv: list[str], folder: str, env: dict, stdout: str, stderr: str) -> 
         sys.stderr = open(2, "w", encoding=encoding, closefd=False, errors="backslashreplace",
                           buffering=1)
         # What these tests stand on: torch is there already, and nobody held a lock at the fork.
-        assert {"torch._dynamo", "train", "eval_gsm8k", "sample"} <= sys.modules.keys()
+        assert set(LOADED) <= sys.modules.keys()
         assert sys.platform != "linux" or n_threads(os.getppid()) == 1
         os.chdir(folder)
         os.environ.clear()
@@ -72,6 +73,7 @@ def child(argv: list[str], folder: str, env: dict, stdout: str, stderr: str) -> 
 
 
 def run_as_main(program: str) -> int:
+    """A program of ours by its name, or one that a test wrote by its path."""
     try:
         runpy.run_path(str(ROOT / program), run_name="__main__")
     except SystemExit as error:
@@ -87,13 +89,11 @@ class Program:
     for it, its errors in the same."""
 
     def __init__(self, *argv: object, folder: Path, stdout: Path | None = None,
-                 stderr: Path | None = None, **env: str | None):
+                 stderr: Path | None = None, **env: str):
         start_server()
-        self.output = stdout or folder / f"{argv[0]}.{time.monotonic_ns()}.txt"
-        self.errors = stderr or self.output
-        merged = {**os.environ, **ONE_THREAD, **env}
-        merged = {key: value for key, value in merged.items() if value is not None}
-        args = (list(map(str, argv)), str(folder), merged, str(self.output), str(self.errors))
+        self.output = stdout or folder / f"output.{time.monotonic_ns()}.txt"
+        args = (list(map(str, argv)), str(folder), {**os.environ, **ONE_THREAD, **env},
+                str(self.output), str(stderr or self.output))
         # daemon: whatever becomes of a test, its programs end with the tests
         self.process = CONTEXT.Process(target=child, args=args, daemon=True)
         self.process.start()
@@ -101,8 +101,10 @@ class Program:
     def text(self) -> str:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
-    def send(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+    def kill(self) -> int:
+        """kill -9; the exit status, 0 where it was done before."""
+        self.process.kill()
+        return self.wait()
 
     def wait(self) -> int:
         """The exit status, -9 after kill -9."""
@@ -114,14 +116,13 @@ class Program:
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], object]) -> None:
-        """Until the condition holds. A program that ends before, or takes too long, fails."""
+        """Until the condition holds or the program has ended."""
         end = time.monotonic() + LIMIT
-        while not condition():
-            assert self.process.exitcode is None, f"ended too early: {self.text()}"
+        while self.process.exitcode is None and not condition():
             if time.monotonic() > end:
                 self.process.kill()
                 raise AssertionError(f"waited {LIMIT} s in vain: {self.text()}")
-            time.sleep(0.005)
+            time.sleep(0.0005)
 
 
 def run(*argv: object, folder: Path, **more) -> tuple[int, str]:
@@ -130,25 +131,13 @@ def run(*argv: object, folder: Path, **more) -> tuple[int, str]:
     return program.wait(), program.text()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def run_two(*argv: object, folder: Path) -> tuple[list[int], list[str]]:
     """Exit statuses and outputs of two processes that work together as under torchrun."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     both = [Program(*argv, folder=folder, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
             for rank in range(2)]
     codes = [program.wait() for program in both]
     return codes, [program.text() for program in both]
-
-
-def end(process) -> None:
-    """Kill a subprocess that was started in a session of its own, and all that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait(LIMIT)

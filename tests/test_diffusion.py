@@ -1,205 +1,337 @@
-"""Samplers equal the references token for token; losses equal the formulas written out."""
+"""The sampler equals the originals pass by pass and keeps its promises under all settings; the
+losses equal their formulas, and their gradient has no way but the memory."""
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from conftest import GOLDEN
-from diffusion import (Sampling, Turn, best_positions, cross_entropy, diffusion_loss,
-                       generate, propose_dream, propose_llada, select_by_chance, select_share,
-                       unroll)
+from diffusion import (REMASKING, Sampling, SamplerState, best_positions, cross_entropy,
+                       diffusion_loss, generate, propose_dream,
+                       select_above_threshold, select_by_chance, select_random_quota,
+                       select_share, unroll)
 from metastate import MemoryConfig, MetaState
-from model import TINY, InputError, load_backbone
+from model import TINY, Backbone, InputError, load_backbone
 
 MASK = TINY.mask_id
-CASES = [case for kind in ("llada", "dream")
+
+
+# ---------------------------------------------------------------------------- AS THE ORIGINALS
+
+CASES = [case for kind in ("llada", "dream", "dual_cache")
          for case in json.loads((GOLDEN / f"sampler_{kind}.json").read_text())]
+OUR_NAMES = {"max_new_tokens": "gen_length", "alg": "remasking"}
+FIELDS = {field.name for field in fields(Sampling)}
 
 
-@pytest.mark.parametrize("with_memory", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
-def test_samplers_equal_the_reference_step_by_step(case, with_memory):
-    backbone, s = load_backbone(GOLDEN / case["model"]), case["settings"]
-    if "alg" in s:
-        settings = dict(gen_length=s["max_new_tokens"], remasking=s["alg"], alg_temp=s["alg_temp"],
-                        top_p=s["top_p"], top_k=s["top_k"])
-    else:
-        settings = {key: s[key] for key in ("gen_length", "block_length", "cfg_scale", "remasking")}
-        settings["confidence_eos_eot_inf"] = s.get("confidence_eos_eot_inf", False)
-        if "eos_id" in s:
-            backbone.config = replace(backbone.config, eos_id=s["eos_id"], eot_id=s["eot_id"])
-    mask, states = case["attention_mask"], []
-    memory = None
-    if with_memory:                                    # untrained, it is a no-op
-        memory = MetaState(MemoryConfig(64, 6, 32, 4, 16, 1, 2))
-    out = generate(backbone, torch.tensor(case["prompt_ids"]), steps=s["steps"],
-                   attention_mask=None if mask is None else torch.tensor(mask), memory=memory,
-                   on_step=lambda canvas, *_: states.append(canvas.tolist()), **settings)
-    assert states == case["states_after_each_step"] and states[-1] == out.tolist()
+def without_repeats(canvases):
+    return [after for before, after in zip([None, *canvases], canvases) if after != before]
 
 
-SETTINGS = [dict(steps=1, threshold=0.02, block_length=4), dict(steps=6, think=3, block_length=4),
-            dict(steps=3, cfg_scale=1.0, block_length=4, think=2, threshold=0.02),
-            dict(steps=6, remasking="origin", block_length=4),
-            dict(steps=12), dict(steps=6, block_length=4), dict(steps=5, remasking="entropy"),
-            dict(steps=24, block_length=6), dict(steps=12, remasking="topk_margin", alg_temp=0.3),
-            dict(steps=3, temperature=0.7, think=1),
-            dict(steps=4, remasking="origin", temperature=1.0), dict(steps=4, remasking="random"),
-            dict(steps=1, threshold=0.02), dict(steps=4, cfg_scale=1.0),
-            dict(steps=4, remasking="maskgit_plus", top_p=0.9, top_k=20, temperature=0.5)]
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_samplers_equal_the_originals_pass_by_pass(case):
+    """LLaDA, Dream, and both with Fast-dLLM's dual cache, without a memory and with an untrained
+    one. Canvases without repeats: the cache's original runs a block once more when it is full."""
+    backbone = load_backbone(GOLDEN / case["model"])
+    ends = {name: case["settings"][name] for name in ("eos_id", "eot_id")
+            if name in case["settings"]}
+    backbone.config = replace(backbone.config, **ends)
+    settings = {OUR_NAMES.get(name, name): value for name, value in case["settings"].items()}
+    settings = {name: value for name, value in settings.items() if name in FIELDS}
+    if settings.get("remasking") == "confidence_threshold":
+        settings["remasking"] = "maskgit_plus"
+    attention_mask = case["attention_mask"] and torch.tensor(case["attention_mask"])
+    untrained = MetaState(MemoryConfig(64, n_slots=6, d_slot=32, n_head=4, d_time=16))
+    for memory in (None, untrained):
+        canvases = []
+        generate(backbone, torch.tensor(case["prompt_ids"]), memory=memory,
+                 attention_mask=attention_mask, **settings,
+                 on_step=lambda canvas, _: canvases.append(canvas.tolist()))
+        assert without_repeats(canvases) == without_repeats(case["states_after_each_step"])
 
 
-@pytest.mark.parametrize("remember, settings", [
-    *[(True, settings) for settings in SETTINGS],
-    *[(False, settings) for settings in SETTINGS[:4]]], ids=str)
-def test_invariants(remember, settings, backbone, memory):
-    """The prompt is kept, no mask is left, what is written stays, and the same call gives the
-    same."""
-    def run(ids, **more):
-        return generate(backbone, ids, gen_length=12, memory=memory if remember else None,
-                        **settings, **more)
+# ---------------------------------------------------------------------------------- INVARIANTS
 
-    prompt, states = torch.randint(300, (3, 5)), []
-    out = run(prompt, on_step=lambda canvas, *_: states.append(canvas))
-    assert torch.equal(out[:, :5], prompt) and not (out == MASK).any()
-    for before, after in zip(states, states[1:]):
-        assert torch.equal(before[before != MASK], after[before != MASK])
-    assert torch.equal(run(prompt), out)
-    # rows depend neither on each other nor on padding nor on the batch
-    for i in range(3):
-        assert torch.equal(run(prompt[i:i + 1], seeds=[i])[0], out[i])
-    padded = F.pad(prompt, (4, 0), value=9)
-    attention = F.pad(torch.ones_like(prompt), (4, 0))
-    assert torch.equal(run(padded, attention_mask=attention)[:, 4:], out)
+DREAMS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+SETTINGS = [
+    *(dict(remasking=remasking) for remasking in REMASKING),
+    dict(threshold=0.02, think=2),
+    dict(threshold=0.02, remasking="maskgit_plus"),
+    dict(temperature=0.7, think=1, logits_eos_inf=True, confidence_eos_eot_inf=True),
+    dict(temperature=1.0, remasking="origin"),
+    dict(temperature=0.5, remasking="maskgit_plus", top_p=0.9, top_k=20, alg_temp=0.3),
+    dict(temperature=0.7, remasking="entropy", think=1),
+]
 
 
-def test_the_model_never_writes_a_mask(backbone):
-    with torch.no_grad():
-        backbone.lm_head.weight[MASK] = backbone.lm_head.weight.abs().sum(0)
-    for remasking in ("low_confidence", "entropy"):
-        for temperature in (0, 1.0):
-            out = generate(backbone, torch.randint(300, (2, 4)), gen_length=8, steps=4,
-                           remasking=remasking, temperature=temperature)
-            assert not (out == MASK).any()
-
-
-def counts(**settings):
+def toy(kind):
+    """A backbone of two layers in the manner of LLaDA or Dream."""
     torch.manual_seed(0)
-    from model import Backbone
-    found = []
-    generate(Backbone(TINY), torch.zeros(1, 3, dtype=torch.long), **settings,
-             on_step=lambda canvas, found_now: found.append(int(found_now.revealed.sum())))
-    return found
+    dream = dict(kind="dream", shift=True, n_kv_head=2, qkv_bias=True, rope_fp32=False)
+    return Backbone(replace(TINY, n_layer=2, **(dream if kind == "dream" else {}))).eval()
+
+
+@pytest.mark.parametrize("kind, settings", [
+    *(("dream" if settings.get("remasking") in DREAMS else "llada", settings)
+      for settings in SETTINGS), ("dream", dict(threshold=0.02))], ids=str)
+def test_invariants(kind, settings, memory):
+    """The prompt is kept, no mask is left, what is written stays, and no row of a batch depends on
+    the others, on their length or on the batch, with and without memory, guidance, blocks and
+    cache."""
+    backbone = toy(kind)
+    lengths = [7, 3, 5]
+    prompt = torch.randint(300, (3, 7))
+    attention_mask = (torch.arange(7) >= 7 - torch.tensor(lengths)[:, None]).long()
+    for guided, remembers, more in (
+            (False, True, dict()), (True, True, dict()), (False, False, dict(block_length=4)),
+            (False, True, dict(block_length=4, cache=True)),
+            (True, True, dict(block_length=4, cache=True)),
+            (True, False, dict(block_length=4, cache=True))):
+        given = dict(gen_length=8, steps=4, cfg_scale=float(guided),
+                     memory=memory if remembers else None, **more, **settings)
+        states = [F.pad(prompt, (0, 8), value=MASK)]
+        out = generate(backbone, prompt, attention_mask=attention_mask, seeds=[5, 6, 7],
+                       on_step=lambda canvas, _: states.append(canvas), **given)
+        assert torch.equal(out, states[-1]) and not (out == MASK).any()
+        for before, after in zip(states, states[1:]):
+            assert torch.equal(before[before != MASK], after[before != MASK])
+        for i, n in enumerate(lengths):
+            alone = generate(backbone, prompt[i:i + 1, 7 - n:], seeds=[5 + i], **given)
+            assert torch.equal(alone[0], out[i, 7 - n:])
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_cache_is_exact_where_nothing_outside_the_block_can_change(settings, memory):
+    """One layer without a memory: keys and values come from the embeddings. Or a block that is all
+    there is, memory or not."""
+    torch.manual_seed(0)
+    prompt = torch.randint(300, (2, 5))
+    for n_layer, its_memory, ids in ((1, None, prompt), (2, memory, prompt[:, :0])):
+        backbone = Backbone(replace(TINY, n_layer=n_layer)).eval()
+        block_length = 8 if its_memory else 4
+        exact, cached = (generate(backbone, ids, memory=its_memory, gen_length=8, steps=4,
+                                  block_length=block_length, cache=cache, **settings)
+                         for cache in (False, True))
+        assert torch.equal(exact, cached)
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+def test_a_rows_random_stream_goes_on_from_pass_to_pass(remasking, backbone):
+    """Over uniform logits every pass draws anew: streams that began again would repeat a token."""
+    torch.nn.init.zeros_(backbone.lm_head.weight)
+    prompt = torch.randint(300, (1, 3)).repeat(2, 1)
+    given = dict(gen_length=40, steps=40, temperature=1.0, remasking=remasking)
+    rows = generate(backbone, prompt, **given)[:, 3:].tolist()
+    other = generate(backbone, prompt, seeds=[8, 0], **given)[:, 3:].tolist()
+    assert min(len(set(row)) for row in rows) > 20
+    assert rows[0] != rows[1] and rows[0] != other[0]
+    assert rows[0] == other[1]         # the default seeds are 0, 1, ...
+
+
+def steps_of(memory, monkeypatch):
+    """Spy on the memory: the arguments and the result of each of its steps."""
+    seen = []
+    step = memory.step
+
+    def spy(backbone, ids, slots, **more):
+        h, new_slots = step(backbone, ids, slots, **more)
+        seen.append(dict(ids=ids, slots=slots, new_slots=new_slots, h=h, **more))
+        return h, new_slots
+
+    monkeypatch.setattr(memory, "step", spy)
+    return seen
+
+
+@pytest.mark.parametrize("more", [{}, dict(cache=True), dict(cfg_scale=1.0)], ids=str)
+def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
+        more, backbone, memory, monkeypatch):
+    seen = steps_of(memory, monkeypatch)
+    eligible, told = [], []
+
+    def see(canvas, report):
+        rows = report.eligible.any(1).repeat(2 if "cfg_scale" in more else 1)
+        eligible.append(rows[:, None, None])
+        told.append(report.slots)
+
+    torch.manual_seed(2)
+    generate(backbone, torch.randint(300, (4, 5)), memory=memory, gen_length=12, block_length=4,
+             steps=3, threshold=0.02, think=2, on_step=see, **more)
+    assert torch.equal(seen[0]["slots"], memory.initial(len(seen[0]["slots"])))
+    assert not all(rows.all() for rows in eligible)    # some rows did wait
+    for one, rows, slots, after in zip(seen, eligible, told, seen[1:]):
+        assert torch.equal(slots, torch.where(rows, one["new_slots"], one["slots"]))
+        assert torch.equal(after["slots"], slots)
+    for one in seen:                   # and the memory is at work in every pass
+        assert (one["new_slots"] != one["slots"]).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_what_a_trajectory_shares_is_made_once(cache, backbone, memory, monkeypatch):
+    """Anchors and context, for the canvas of a sampler and for the unroll."""
+    calls = []
+    for thing, name in ((memory, "anchors"), (backbone, "context")):
+        monkeypatch.setattr(thing, name, lambda *args, make=getattr(thing, name), name=name, **more:
+                            calls.append(name) or make(*args, **more))
+    generate(backbone, torch.randint(300, (2, 5)), memory=memory, gen_length=8, block_length=4,
+             steps=4, think=2, cache=cache, cfg_scale=1.0)
+    assert sorted(calls) == ["anchors", "context"]
+    calls.clear()
+    unroll(backbone, memory, **unroll_case(), lam=0.5, think=2)
+    assert sorted(calls) == ["anchors", "context"]
+
+
+# ----------------------------------------------------------------- THE MEMORY UNDER THE CACHE
+
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_a_first_pass_and_a_thinking_one_run_the_canvas_and_the_others_the_block(
+        kind, memory, monkeypatch):
+    backbone, lengths = toy(kind), []
+    run = backbone.run
+    monkeypatch.setattr(backbone, "run",
+                        lambda h, context: lengths.append(h.shape[1]) or run(h, context))
+    for its_memory in (memory, None):
+        lengths.clear()
+        generate(backbone, torch.randint(300, (2, 5)), memory=its_memory, gen_length=12,
+                 block_length=6, steps=6, think=2, cache=True, remasking="maskgit_plus")
+        assert lengths == [17, 17] + [17, 6, 6] * 2
+
+
+def test_a_pass_over_a_block_written_out(backbone, memory, monkeypatch):
+    """The Injector answers the embeddings of the block, the Mixer reads what leaves the block's
+    layers; the time is that of the whole canvas, the anchors are those of the whole answer."""
+    seen = steps_of(memory, monkeypatch)
+    inputs = {"conditioner": [], "injector": [], "mixer": []}
+    for name, found in inputs.items():
+        getattr(memory, name).register_forward_pre_hook(
+            lambda module, args, found=found: found.append(args))
+    canvases, confidences = [], []
+    prompt = torch.randint(300, (2, 5))
+    generate(backbone, prompt, memory=memory, gen_length=12, block_length=4, steps=9, cache=True,
+             on_step=lambda canvas, report: canvases.append(canvas) or confidences.append(
+                 report.confidence))
+    # the last pass of the second block: 4 tokens of the first and 3 of the second are written
+    block, canvas = slice(9, 13), canvases[4]
+    assert (canvas == MASK).sum(1).tolist() == [5, 5]
+    anchors = memory.anchors(torch.arange(17).expand(2, -1) >= 5)
+    slots, h = seen[4]["new_slots"], seen[5]["h"]
+    assert h.shape == (2, 4, 64)
+    (t,) = inputs["conditioner"][5]
+    assert t.tolist() == pytest.approx([5 / 12, 5 / 12])
+    target, source, _, bias = inputs["injector"][5]
+    assert torch.equal(target, backbone.embedding(canvas[:, block]))
+    assert torch.equal(source, slots)
+    assert torch.equal(bias, anchors.to_slots[:, :, block])
+    target, source, _, bias = inputs["mixer"][5]
+    assert torch.equal(target, slots)
+    assert torch.equal(source, h)
+    assert torch.equal(bias, anchors.to_tokens[..., block])
+    p = backbone.head(h).softmax(-1)                   # (2, 4, V)
+    p[..., MASK] = 0
+    want = p.amax(-1).masked_fill(canvas[:, block] != MASK, 0)
+    torch.testing.assert_close(confidences[5], F.pad(want, (9, 4)))
+
+
+@pytest.mark.parametrize("kind, masks, settings, reason", [
+    ("llada", 0, dict(), "give block_length"),
+    ("llada", 1, dict(block_length=4), "the prompt has masks"),
+    ("dream", 0, dict(block_length=4), "first pass of a block"),
+    ("dream", 0, dict(block_length=4, remasking="random"), "first pass of a block"),
+    ("dream", 0, dict(block_length=4, remasking="entropy", steps=2), "first pass of a block")])
+def test_what_the_cache_cannot_do_is_refused_in_one_sentence(kind, masks, settings, reason):
+    prompt = torch.randint(300, (2, 5))
+    prompt[0, 2:2 + masks] = MASK
+    with pytest.raises(InputError, match=reason) as error:
+        generate(toy(kind), prompt, gen_length=8, cache=True, **dict(steps=4) | settings)
+    assert "\n" not in str(error.value) and "cache" in str(error.value)
+
+
+# --------------------------------------------------------------------- THE SAMPLER'S SMALL PARTS
+
+@pytest.mark.parametrize("settings, word", [
+    (dict(gen_length=10, block_length=4, steps=4), "divide"),
+    (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),
+    (dict(gen_length=-2, steps=1), "below 0"), (dict(think=-17, steps=16), "below 0"),
+    (dict(temperature=1e-9), "1e-6"), (dict(alg_temp=1e-9), "1e-6"),
+    (dict(remasking="best"), "best"), (dict(remasking="entropy", threshold=0.9), "threshold"),
+    (dict(remasking="maskgit_plus", threshold=0.9, alg_temp=1.0), "alg_temp")])
+def test_settings_that_cannot_work_are_refused(settings, word):
+    with pytest.raises(InputError, match=word):
+        Sampling(**settings)
 
 
 @pytest.mark.parametrize("settings, want", [
     (dict(gen_length=10, steps=4), [3, 3, 2, 2]),                              # remainder first
     (dict(gen_length=12, block_length=6, steps=8), [2, 2, 1, 1] * 2),
     (dict(gen_length=4, steps=6), [1, 1, 1, 1]),                               # nothing left: stop
-    (dict(gen_length=24, steps=24, remasking="entropy"), [0] + [1] * 22 + [2]),
-    (dict(gen_length=256, steps=128, remasking="maskgit_plus"), [1] + [2] * 126 + [3])])
+    (dict(gen_length=24, steps=24, remasking="entropy"), [0] + [1] * 22 + [2])])
 def test_reveal_schedules(settings, want):
-    assert counts(**settings) == want
+    found = []
+    generate(toy("llada"), torch.zeros(1, 3, dtype=torch.long), **settings,
+             on_step=lambda canvas, report: found.append(int(report.revealed.sum())))
+    assert found == want
 
 
-def test_dream_with_1024_steps_reveals_late():
-    """Its shares of 1024 masks, rounded down: nothing for two steps, three in the last."""
-    left, found = 1024, []
-    for step in range(1024):
-        one = turn(left, step, steps=1024, remasking="topk_margin")
-        found.append(int(select_share(torch.zeros(1, left), one).sum()))
-        left -= found[-1]
-    assert found.count(0) == 2 and found[-1] == 3 and sum(found) == 1024
-
-
-def test_threshold_takes_what_is_surer_and_at_least_one(backbone):
-    prompt, seen = torch.randint(300, (2, 4)), []
-    generate(backbone, prompt, gen_length=10, steps=1, threshold=0.05,
-             on_step=lambda canvas, found: seen.append((found.revealed, found.confidence)))
-    for revealed, confidence in seen:
-        assert ((confidence >= 0.05) <= revealed).all()
-        for row, sure in zip(revealed, confidence):
-            assert row.sum() == 0 or row.sum() == 1 or (sure[row] >= 0.05).all()
-            assert (sure[~row] < 0.05).all()
-    assert sum(int(r.sum()) for r, _ in seen) == 20
-
-
-@pytest.mark.parametrize("settings", [dict(gen_length=-2, steps=1), dict(think=-17, steps=16)])
-def test_settings_below_zero_are_refused(settings):
-    with pytest.raises(InputError, match="below 0"):
-        Sampling(**settings)
-
-
-def test_infilling_completes_a_text_in_place(backbone):
-    ids = torch.randint(300, (1, 9))
-    ids[0, [2, 3, 7]] = MASK
-    out = generate(backbone, ids, gen_length=0, steps=3)
-    assert torch.equal(out[ids != MASK], ids[ids != MASK]) and not (out == MASK).any()
-
-
-def turn(n, step=0, n_begin=None, seed=0, **settings):
-    """One row of n eligible positions."""
+def state(n, step=0, seed=0, **settings):
+    """A sampler before n eligible positions, of a vocabulary of five: the last is the mask."""
     eligible = torch.ones(1, n, dtype=torch.bool)
-    begin = torch.tensor([n if n_begin is None else n_begin])
     config = replace(TINY, vocab_size=5, mask_id=4, eos_id=3)
-    generators = [torch.Generator().manual_seed(seed)]
-    return Turn(eligible, begin, step, Sampling(**settings), config, generators)
+    return SamplerState(eligible, torch.tensor([n]), step, slice(n), Sampling(**settings), config,
+                        [torch.Generator().manual_seed(seed)])
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=0.1), dict(temperature=0.001), {}], ids=str)
-@pytest.mark.parametrize("propose, remasking", [(propose_llada, "low_confidence"),
-                                                (propose_dream, "maskgit_plus")])
-def test_a_mask_is_never_written_however_likely_it_is(propose, remasking, settings):
-    logits = torch.tensor([[-50.0, -1.0, -50.0, -50.0, 300.0]])            # the last is the mask
-    tokens, _ = propose(logits, turn(1, remasking=remasking, **settings))
+def test_a_threshold_takes_all_that_reach_it_and_at_least_the_surest():
+    for confidence, want in (([0.1, 0.5, 0.4, 0.7], [1, 3]), ([0.1, 0.3, 0.4, 0.2], [2])):
+        found = select_above_threshold(torch.tensor([confidence]), state(4, threshold=0.5))
+        assert found[0].nonzero()[:, 0].tolist() == want
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(temperature=0.001), dict(temperature=0.1), dict(remasking="maskgit_plus"),
+    *(dict(remasking="maskgit_plus", **more)
+      for more in (dict(temperature=0.1), dict(top_k=1), dict(top_p=0.5)))], ids=str)
+def test_a_mask_is_never_written_however_likely_it_is(settings):
+    """Where the mask alone would survive a filter, the best other token does."""
+    propose, _ = REMASKING[settings.get("remasking", "low_confidence")]
+    logits = torch.tensor([[-50.0, -1.0, -50.0, -50.0, 300.0]])
+    tokens, _ = propose(logits, state(1, **settings))
     assert tokens.item() == 1
 
 
 def test_temperature_samples_the_softmax():
-    """Gumbel-max draws from softmax(logits / T), and the confidence is that without noise."""
-    logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, 9.0]), 40_000        # the last is the mask
-    tokens, confidence = propose_llada(logits.repeat(n, 1), turn(n, temperature=0.5))
-    want = (logits[:4] / 0.5).softmax(0)
-    torch.testing.assert_close(tokens.bincount(minlength=4) / n, want, atol=0.01, rtol=0)
-    torch.testing.assert_close(confidence, logits.softmax(0)[tokens])
-    tokens, confidence = propose_dream(logits.repeat(n, 1),
-                                       turn(n, temperature=0.5, remasking="maskgit_plus"))
-    torch.testing.assert_close(tokens.bincount(minlength=4) / n, want, atol=0.01, rtol=0)
+    """Gumbel-max draws from softmax(logits / T). LLaDA's confidence is that at T = 1, Dream's that
+    at T, the mask counted in both."""
+    logits, n = torch.tensor([2.0, 1.0, 0.0, -1.0, 2.0]), 40_000
+    for remasking, confidence_at in (("low_confidence", 1), ("maskgit_plus", 0.5)):
+        propose, _ = REMASKING[remasking]
+        tokens, confidence = propose(logits.repeat(n, 1),
+                                     state(n, temperature=0.5, remasking=remasking))
+        torch.testing.assert_close(tokens.bincount(minlength=4) / n, (logits[:4] / 0.5).softmax(0),
+                                   atol=0.01, rtol=0)
+        torch.testing.assert_close(confidence, (logits / confidence_at).softmax(0)[tokens])
 
 
-def dream_confidence(p, **settings):
-    settings.setdefault("remasking", "maskgit_plus")
-    tokens, confidence = propose_dream(p.log(), turn(1, **settings))
-    return tokens.item(), confidence.item()
-
-
-def test_top_p_and_top_k_filter_before_the_confidence():
+@pytest.mark.parametrize("settings, want", [
+    (dict(), 0.5), (dict(top_k=2), 0.5 / 0.8), (dict(top_k=99), 0.5),
+    (dict(top_p=0.6), 0.5 / 0.8),                      # the first one beyond stays
+    (dict(top_p=0.45), 1.0), (dict(top_p=1.0), 0.5),
+    (dict(top_p=0.55, top_k=2), 0.5 / 0.8),            # top_k first would leave 0.625 alone
+    (dict(remasking="topk_margin"), 0.2), (dict(remasking="topk_margin", top_k=2), 0.2 / 0.8),
+    (dict(remasking="entropy", top_k=2), -0.6615632)], ids=str)    # of 0.625 and 0.375
+def test_dreams_filters_come_before_its_confidence(settings, want):
     p = torch.tensor([[0.5, 0.3, 0.15, 0.04, 0.01]])
-    assert dream_confidence(p)[1] == pytest.approx(0.5)
-    assert dream_confidence(p, top_k=2)[1] == pytest.approx(0.5 / 0.8)
-    assert dream_confidence(p, top_p=0.6)[1] == pytest.approx(0.5 / 0.8)   # the one beyond stays
-    assert dream_confidence(p, top_p=0.45)[1] == pytest.approx(1.0)
-    entropy = sum(q * torch.tensor(q).log().item() for q in (0.625, 0.375))
-    found = dream_confidence(p, top_k=2, remasking="entropy")[1]
-    assert found == pytest.approx(entropy, abs=1e-5)
-    margin = dream_confidence(p, remasking="topk_margin")[1]
-    assert margin == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("settings", [dict(top_k=1), dict(top_p=0.5)])
-def test_where_the_mask_alone_would_survive_the_best_other_token_is_written(settings):
-    p = torch.tensor([[0.01, 0.02, 0.06, 0.01, 0.9]])                  # the last is the mask
-    assert dream_confidence(p, **settings)[0] == 2
+    settings = dict(remasking="maskgit_plus") | settings
+    token, confidence = propose_dream(p.log(), state(1, **settings))
+    assert token.item() == 0 and confidence.item() == pytest.approx(want, abs=1e-5)
 
 
 def test_origin_reveals_each_with_the_probability_of_its_share_and_all_in_the_last_step():
     """Steps 0 and 1 of 2: timesteps 1, 0.5005, 0.001, so the first share is 0.4995."""
     n = 20_000
-    first = select_by_chance(torch.zeros(1, n), turn(n, 0, steps=2, remasking="origin"))
+    first = select_by_chance(torch.zeros(1, n), state(n, 0, steps=2, remasking="origin"))
     assert first.float().mean().item() == pytest.approx(0.4995, abs=0.015)
-    assert select_by_chance(torch.zeros(1, n), turn(n, 1, steps=2, remasking="origin")).all()
+    assert select_by_chance(torch.zeros(1, n), state(n, 1, steps=2, remasking="origin")).all()
 
 
 def test_alg_temp_reveals_the_surer_the_sooner():
@@ -207,187 +339,144 @@ def test_alg_temp_reveals_the_surer_the_sooner():
     confidence = torch.tensor([[0.9, 0.5, 0.1]])
     want = (confidence / 0.4).softmax(-1)[0]
     drawn = torch.zeros(3)
-    for seed in range(3000):                           # one of three: share 0.3335 of 3 masks
-        settings = dict(steps=2, remasking="maskgit_plus", alg_temp=0.4)
-        one = turn(3, 0, seed=seed, **settings)
+    for seed in range(500):                            # one of three: share 0.4995 of 3 masks
+        one = state(3, seed=seed, steps=2, remasking="maskgit_plus", alg_temp=0.4)
         drawn += select_share(confidence, one)[0].float()
-    torch.testing.assert_close(drawn / drawn.sum(), want, atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn / drawn.sum(), want, atol=0.06, rtol=0)
 
 
-@pytest.mark.parametrize("remasking", ["random", "origin"])
-def test_random_orders_do_not_look_at_the_confidence(remasking, backbone):
-    order = []
-    generate(backbone, torch.randint(300, (1, 4)), gen_length=40, steps=40, remasking=remasking,
-             on_step=lambda canvas, found: order.extend(found.revealed[0].nonzero()[:, 0].tolist()))
-    assert sorted(order) == list(range(4, 44)) and order != sorted(order)
-    surest = []
-    generate(backbone, torch.randint(300, (1, 4)), gen_length=40, steps=40,
-             on_step=lambda canvas, found: surest.append(
-                 found.confidence[found.revealed].min() >= found.confidence.max()))
-    assert all(surest)
+def test_the_random_order_does_not_look_at_the_confidence():
+    confidence = torch.tensor([[0.9, 0.7, 0.5, 0.3, 0.1]])
+    revealed = [select_random_quota(confidence, state(5, seed=seed, steps=5, remasking="random"))
+                for seed in range(40)]
+    assert {int(where.sum()) for where in revealed} == {1}
+    assert torch.cat(revealed).any(0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_end_of_text_comes_last_at_every_temperature(temperature, backbone):
+def test_end_of_text_can_come_last_or_never_at_every_temperature(temperature, backbone):
     """Issue 137 of the original: above temperature 0 it suppressed end-of-turn only."""
-    backbone.config = replace(backbone.config, eot_id=TINY.eos_id - 2)
-    with torch.no_grad():
-        backbone.lm_head.weight[[TINY.eos_id, TINY.eos_id - 2]] *= 30
-    order = []
-    generate(backbone, torch.randint(300, (1, 4)), gen_length=12, steps=12, temperature=temperature,
-             confidence_eos_eot_inf=True, on_step=lambda canvas, found: order.append(
-                 (canvas[found.revealed].item(), found.confidence[found.revealed].item())))
-    ends = [token in (TINY.eos_id, TINY.eos_id - 2) for token, _ in order]
-    assert any(ends)
-    assert all(sure == 0 for (_, sure), end in zip(order, ends) if end)
-
-
-def test_logits_eos_inf_bans_end_of_text(backbone):
-    with torch.no_grad():
-        backbone.lm_head.weight[TINY.eos_id] *= 100
-    prompt = torch.randint(300, (2, 4))
-    free, banned = (generate(backbone, prompt, gen_length=8, steps=8, logits_eos_inf=ban)
+    ends = [TINY.eos_id, TINY.eos_id - 2]
+    backbone.config = replace(backbone.config, eot_id=ends[1])
+    backbone.lm_head.weight[ends[0]] *= 30
+    backbone.lm_head.weight[ends[1]] = -backbone.lm_head.weight[ends[0]]
+    sure = {False: [], True: []}       # of what is revealed, of ends and of others
+    given = dict(gen_length=12, steps=12, temperature=temperature)
+    prompt = torch.randint(300, (1, 4))
+    generate(backbone, prompt, confidence_eos_eot_inf=True, **given,
+             on_step=lambda canvas, report: sure[canvas[report.revealed].item() in ends].append(
+                 report.confidence[report.revealed].item()))
+    assert set(sure[True]) == {0}
+    free, banned = (generate(backbone, prompt, logits_eos_inf=ban, **given)
                     for ban in (False, True))
     assert (free == TINY.eos_id).any() and not (banned == TINY.eos_id).any()
 
 
-def slots_by_pass(backbone, memory, prompt, **settings):
-    found = []
-    out = generate(backbone, prompt, memory=memory, **settings,
-                   on_step=lambda canvas, now: found.append(now.slots))
-    return found, out
+# -------------------------------------------------------------------- THE MEMORY BETWEEN PASSES
+
+def test_what_a_step_begins_with_is_what_carry_says(backbone, memory, monkeypatch):
+    seen = steps_of(memory, monkeypatch)
+    expected = {"keep": lambda slots: slots, "reset": lambda slots: memory.initial(3),
+                "shuffle": lambda slots: slots[[2, 0, 1]]}
+    prompt = torch.randint(300, (3, 6))
+
+    def sample(carry):
+        generate(backbone, prompt, memory=memory, gen_length=8, steps=4, think=1, carry=carry)
+
+    def train(carry):
+        unroll(backbone, memory, **unroll_case(3), lam=0.5, carry=carry)
+
+    for carry, want in expected.items():
+        for program in (sample, train):
+            seen.clear()
+            program(carry)
+            assert torch.equal(seen[0]["slots"], memory.initial(3))
+            for one, after in zip(seen, seen[1:]):
+                assert torch.equal(after["slots"], want(one["new_slots"]))
+    for n, refused in ((1, dict()), (2, dict(cfg_scale=1.0))):
+        with pytest.raises(InputError, match="two or more, and no guidance"):
+            generate(backbone, prompt[:n], memory=memory, carry="shuffle", **refused)
 
 
-def test_memory_between_steps(backbone, memory):
-    """keep, reset and shuffle are three different things, and the first pass knows none of them."""
-    torch.manual_seed(5)
-    prompt = torch.randint(300, (4, 6))
-    found = {carry: slots_by_pass(backbone, memory, prompt, gen_length=8, steps=4, carry=carry)[0]
-             for carry in ("keep", "reset", "shuffle")}
-    assert torch.equal(found["keep"][0], found["reset"][0])
-    assert torch.equal(found["keep"][0], found["shuffle"][0])
-    assert not torch.equal(found["keep"][1], found["reset"][1])
-    assert not torch.equal(found["keep"][1], found["shuffle"][1])
-    with pytest.raises(InputError, match="two or more"):
-        generate(backbone, prompt[:1], gen_length=8, steps=4, memory=memory, carry="shuffle")
-
-
-def test_the_memory_alone_changes_while_it_thinks(backbone, memory):
-    prompt = torch.randint(300, (2, 5))
-    seen = []
+def test_only_the_memory_changes_while_it_thinks(backbone, memory):
+    """A thinking pass writes nothing, and shows what would be written at once."""
+    prompt, seen = torch.randint(300, (2, 5)), []
     generate(backbone, prompt, gen_length=8, steps=4, block_length=4, think=3, memory=memory,
-             on_step=lambda canvas, found: seen.append((canvas, found)))
-    thinking, writing = seen[:3], seen[3:]
-    assert [int(found.revealed.sum()) for _, found in writing] == [4] * 4      # 2 a row
-    for canvas, found in thinking:                     # the first block is looked at, not written
-        assert (canvas[:, 5:] == MASK).all() and not found.revealed.any()
-        assert found.eligible.nonzero()[:, 1].max() < 9
-    assert not torch.equal(thinking[0][1].slots, thinking[1][1].slots)
-    assert not torch.equal(thinking[1][1].slots, thinking[2][1].slots)
+             on_step=lambda canvas, report: seen.append((canvas, report)))
+    for think, (canvas, report) in enumerate(seen[:3]):
+        assert (canvas[:, 5:] == MASK).all() and not report.revealed.any()
+        assert report.eligible[:, 5:9].all() and report.eligible.sum() == 8    # the first block
+        out = generate(backbone, prompt, gen_length=8, steps=2, block_length=4, think=think,
+                       memory=memory)
+        assert torch.equal(out[:, :9], report.guess[:, :9])
+    assert [int(report.revealed.sum()) for _, report in seen[3:]] == [4] * 4
+    # without a memory, or with one that is reset, there is nothing that a pass could change
+    for given, n_answers in ((dict(memory=memory), 4), (dict(memory=memory, carry="reset"), 1),
+                             (dict(), 1)):
+        answers = {str(generate(backbone, prompt, gen_length=12, steps=1, think=think, **given))
+                   for think in range(4)}
+        assert len(answers) == n_answers
 
 
-@pytest.mark.parametrize("carry", ["without", "reset", "keep"])
-def test_without_a_memory_no_pass_over_the_same_masks_can_differ(carry, backbone, memory):
-    """The input of every thinking pass is the same, so only what is carried over can matter."""
-    prompt = torch.randint(300, (3, 5))
-    given = dict(memory=None) if carry == "without" else dict(memory=memory, carry=carry)
-    outs = [generate(backbone, prompt, gen_length=12, steps=1, think=think, **given)
-            for think in range(6)]
-    same = [torch.equal(out, outs[0]) for out in outs[1:]]
-    assert not any(same) if carry == "keep" else all(same)
+def test_blanks_in_a_text_are_filled_in_place(backbone, memory, monkeypatch):
+    """With answer_start the anchors and the time are those of the whole answer."""
+    ids = torch.randint(300, (1, 9))
+    ids[0, [2, 3, 7]] = MASK
+    seen = steps_of(memory, monkeypatch)
+    for answer_start, places, times in ((None, [2, 3, 7], [1.0, 2 / 3, 1 / 3]),
+                                        (1, range(1, 9), [3 / 8, 2 / 8, 1 / 8])):
+        seen.clear()
+        out = generate(backbone, ids, gen_length=0, steps=3, memory=memory,
+                       answer_start=answer_start)
+        assert torch.equal(out[ids != MASK], ids[ids != MASK]) and not (out == MASK).any()
+        maskable = torch.tensor([[i in places for i in range(9)]])
+        for one, t in zip(seen, times, strict=True):
+            assert one["t"].item() == pytest.approx(t)
+            assert torch.equal(one["anchors"].to_tokens, memory.anchors(maskable).to_tokens)
+    # rows with other blanks do not matter, with guidance neither
+    both = torch.cat((ids, ids.roll(3, dims=1)))
+    given = dict(gen_length=0, steps=3, memory=memory, cfg_scale=1.0, temperature=0.7)
+    out = generate(backbone, both, **given)
+    for i in range(2):
+        assert torch.equal(generate(backbone, both[i:i + 1], seeds=[i], **given)[0], out[i])
 
 
-def test_a_guess_is_what_would_be_written_at_once(backbone, memory):
-    prompt, guesses = torch.randint(300, (2, 5)), []
-    generate(backbone, prompt, gen_length=8, steps=1, think=4, memory=memory,
-             on_step=lambda canvas, found: guesses.append(found.guess))
-    for think, guess in enumerate(guesses):
-        out = generate(backbone, prompt, gen_length=8, steps=1, think=think, memory=memory)
-        assert torch.equal(out, guess)
+# ------------------------------------------------------------------------------------- LOSSES
 
-
-@pytest.mark.parametrize("settings, word", [
-    (dict(gen_length=10, block_length=4, steps=4), "divide"),
-    (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),
-    (dict(gen_length=8, steps=4, remasking="best"), "best"),
-    (dict(gen_length=8, steps=4, remasking="entropy", threshold=0.9), "threshold"),
-    (dict(gen_length=8, steps=4, remasking="maskgit_plus", threshold=0.9, alg_temp=1.0),
-     "alg_temp")])
-def test_settings_that_cannot_work_are_refused(settings, word, backbone):
-    with pytest.raises(InputError, match=word):
-        generate(backbone, torch.zeros(1, 3, dtype=torch.long), **settings)
-
-
-# ------------------------------------------------------------------------------------ losses
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.4])
-def test_the_diffusion_loss_is_lladas(keep, backbone):
-    """sum(CE / p) over masked answer tokens, over the answer's length, averaged over rows; with
-    keep, a share of the visible ones counts too, with weight 1."""
+@pytest.mark.parametrize("visible_share", [0.0, 0.4])
+def test_the_diffusion_loss_is_lladas(visible_share, backbone):
+    """sum(CE / p) over masked answer tokens, over the answer's length, averaged over rows; a share
+    of the visible ones counts too, with weight 1."""
+    torch.manual_seed(6)
     ids, maskable = torch.randint(300, (3, 10)), torch.zeros(3, 10, dtype=torch.bool)
     maskable[0, 4:] = maskable[1, 7:] = maskable[2] = True
-    t, noise = torch.tensor([0.9, 0.5, 0.2]), torch.rand(3, 10)
-    want, kept = 0, 0
+    t, noise = torch.tensor([0.6, 0.5, 0.2]), torch.rand(3, 10)
+    want, n_visible = 0, 0
     for b in range(3):
         p, canvas = (1 - 1e-3) * t[b] + 1e-3, ids[b].clone()
         masked = [i for i in range(10) if maskable[b, i] and noise[b, i] < p]
         visible = [i for i in range(10)
-                   if maskable[b, i] and p <= noise[b, i] and noise[b, i] > 1 - keep]
-        canvas[masked], kept = MASK, kept + len(visible)
+                   if maskable[b, i] and noise[b, i] >= p and noise[b, i] > 1 - visible_share]
+        canvas[masked] = MASK
+        n_visible += len(visible)
         logits = backbone(canvas[None])[0]
         for weight, positions in ((1 / p, masked), (1, visible)):
             ce = sum(F.cross_entropy(logits[i], ids[b, i]) for i in positions)
             want += weight * ce / maskable[b].sum() / 3
-    assert (kept > 0) == (keep > 0)
+    assert (n_visible > 2) == (visible_share > 0)
     torch.testing.assert_close(diffusion_loss(backbone, ids, maskable, t, noise,
-                                              visible_share=keep), want)
+                                              visible_share=visible_share), want)
 
 
-def test_chunks_and_checkpointing_do_not_change_the_cross_entropy(backbone):
+def test_chunks_and_recomputing_do_not_change_the_cross_entropy(backbone):
     h, targets = torch.randn(50, 64, requires_grad=True), torch.randint(300, (50,))
     want = F.cross_entropy(backbone.head(h), targets, reduction="none")
     for backbone.recompute in (False, True):
-        ce, sure = cross_entropy(backbone, h, targets, chunk=7)
+        ce, confidence = cross_entropy(backbone, h, targets, chunk=7)
         torch.testing.assert_close(ce, want)
-        torch.testing.assert_close(sure, backbone.head(h).log_softmax(-1).amax(-1))
+        torch.testing.assert_close(confidence, backbone.head(h).log_softmax(-1).amax(-1))
         torch.testing.assert_close(*(torch.autograd.grad(x.sum(), h, retain_graph=True)[0]
                                      for x in (ce, want)))
-
-
-def test_the_unroll_is_the_formula(backbone, memory):
-    """Row by row, with nothing batched: eq. F.1, ground-truth reveals, memory through all steps."""
-    torch.manual_seed(2)
-    ids, noise = torch.randint(300, (2, 11)), torch.rand(2, 11)
-    maskable, n = torch.zeros(2, 11, dtype=torch.bool), torch.tensor([[3, 0, 2, 1], [1, 1, 4, 2]])
-    maskable[0, 5:] = maskable[1, 3:] = True
-    confident, lam = torch.tensor([True, False]), 0.3
-    total, per_step = 0, torch.zeros(4)
-    for b in range(2):
-        canvas, slots = ids[b:b + 1].masked_fill(maskable[b], MASK), memory.initial(1)
-        left = maskable[b].nonzero()[:, 0].tolist()
-        N = len(left)
-        for k in range(4):
-            rows = torch.zeros(1, 11, dtype=torch.bool)
-            rows[0, left] = True
-            h, slots = memory.step(backbone, canvas, slots, maskable=maskable[b:b + 1],
-                                   wanted=rows)
-            p = backbone.head(h).log_softmax(-1)
-            ce = {i: -p[j, ids[b, i]] for j, i in enumerate(left)}
-            score = {i: p[j].max().item() if confident[b] else noise[b, i].item()
-                     for j, i in enumerate(left)}
-            reveal = sorted(left, key=lambda i: -score[i])[:n[b, k]]
-            dense = sum(ce.values()) / max(len(left), 1)
-            revealed = sum(ce[i] for i in reveal) / max(len(reveal), 1)
-            total = total + n[b, k] / N * (lam * dense + (1 - lam) * revealed) / 2
-            per_step[k] += (dense.detach() if left else 0) / 2
-            left = [i for i in left if i not in reveal]
-            canvas = canvas.clone()
-            canvas[0, reveal] = ids[b, reveal]
-        assert not left
-    loss, dense = unroll(backbone, memory, ids, maskable, n, noise, confident, lam=lam)
-    torch.testing.assert_close(loss, total)
-    torch.testing.assert_close(dense, per_step)
 
 
 def test_best_positions_takes_the_best_of_each_row_and_ties_from_the_left():
@@ -397,21 +486,82 @@ def test_best_positions_takes_the_best_of_each_row_and_ties_from_the_left():
         [0, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
 
 
-def test_thinking_passes_start_the_unroll_and_have_no_gradient(backbone, memory):
-    """The unroll after think passes is one whose learned slots are those that the passes leave."""
-    torch.manual_seed(4)
-    ids, noise = torch.randint(300, (2, 9)), torch.rand(2, 9)
-    maskable = torch.arange(9).expand(2, -1) >= 3
-    counts, order = torch.tensor([[2, 2, 2], [1, 4, 1]]), torch.tensor([True, False])
-    loss, _ = unroll(backbone, memory, ids, maskable, counts, noise, order, lam=0.5, think=2)
-    loss.backward()
-    assert memory.slots.grad is None                   # what began before the unroll is not learned
-    assert memory.mixer.q.weight.grad.any()
-    slots = memory.initial(2)
-    with torch.no_grad():
-        for _ in range(2):
-            _, slots = memory.step(backbone, ids.masked_fill(maskable, MASK), slots,
-                                   maskable=maskable, wanted=maskable)
-    memory.initial = lambda batch: slots
-    want, _ = unroll(backbone, memory, ids, maskable, counts, noise, order, lam=0.5)
+def unroll_case(batch=2):
+    """Answers of 6, 8 and 5 tokens; steps that reveal nothing; rows of both orders."""
+    torch.manual_seed(2)
+    maskable = torch.zeros(3, 11, dtype=torch.bool)
+    maskable[0, 5:] = maskable[1, 3:] = maskable[2, 6:] = True
+    counts = torch.tensor([[3, 0, 2, 1], [1, 1, 4, 2], [0, 2, 0, 3]])
+    case = dict(ids=torch.randint(300, (3, 11)), maskable=maskable, counts=counts,
+                noise=torch.rand(3, 11), by_confidence=torch.tensor([True, False, True]))
+    return {name: value[:batch] for name, value in case.items()}
+
+
+def written_unroll(backbone, memory, ids, maskable, counts, noise, by_confidence, lam, slots):
+    """The loss of one sample from slots, and dense_k for each k, with nothing batched."""
+    left = maskable.nonzero()[:, 0].tolist()
+    N = len(left)
+    loss, dense_by_step = 0, []
+    for n in counts.tolist():
+        canvas = ids.clone()
+        canvas[left] = MASK
+        h, slots = memory.step(
+            backbone, canvas[None], slots, t=torch.tensor([len(left) / N]),
+            anchors=memory.anchors(maskable[None]), context=backbone.context(ids[None]))
+        log_p = backbone.head(h[0]).log_softmax(-1)
+        ce = {i: -log_p[i, ids[i]] for i in left}
+        score = log_p.amax(-1) if by_confidence else noise
+        revealed = sorted(left, key=lambda i: -score[i].item())[:n]
+        dense = sum(ce.values()) / max(len(left), 1)
+        reveal = sum(ce[i] for i in revealed) / max(n, 1)
+        loss += n / N * (lam * dense + (1 - lam) * reveal)
+        dense_by_step.append(float(torch.as_tensor(dense).detach()))
+        left = [i for i in left if i not in revealed]
+    assert not left
+    return loss, torch.tensor(dense_by_step)
+
+
+@pytest.mark.parametrize("think", [0, 2])
+def test_the_unroll_is_the_formula_in_values_and_in_all_gradients(think, backbone, memory):
+    """PUMBA's eq. F.1: ground-truth reveals, memory through all steps. Passes that think before
+    leave slots, but no gradient."""
+    case = unroll_case(3)
+    results = []
+    for b in range(3):
+        one = {name: value[b] for name, value in case.items()}
+        slots = memory.initial(1)
+        with torch.no_grad():
+            for _ in range(think):
+                _, slots = memory.step(
+                    backbone, one["ids"].masked_fill(one["maskable"], MASK)[None], slots,
+                    t=torch.ones(1), anchors=memory.anchors(one["maskable"][None]),
+                    context=backbone.context(one["ids"][None]))
+        results.append(written_unroll(backbone, memory, **one, lam=0.3, slots=slots))
+    losses, dense_by_step = zip(*results)
+    want = sum(losses) / 3
+    loss, dense = unroll(backbone, memory, **case, lam=0.3, think=think)
     torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(dense, torch.stack(dense_by_step).mean(0))
+
+    names, parameters = zip(*memory.named_parameters())
+    found, expected = (torch.autograd.grad(x, parameters, allow_unused=True) for x in (loss, want))
+    for name, a, b in zip(names, found, expected):
+        if name == "initial_slots" and think:          # what began before the unroll
+            assert a is None and b is None
+        else:
+            assert b.any() and (a - b).norm() < 1e-3 * b.norm(), name
+
+
+def test_the_gradient_of_a_late_loss_reaches_early_slots_through_the_memory_alone(
+        backbone, memory, monkeypatch):
+    """Only the last step reveals, so that only its loss counts."""
+    seen = steps_of(memory, monkeypatch)
+    case = unroll_case() | {"counts": torch.tensor([[0, 0, 0, 6], [0, 0, 0, 8]])}
+    for carry, reached in (("keep", True), ("shuffle", True), ("reset", False)):
+        seen.clear()
+        loss, _ = unroll(backbone, memory, **case, lam=0.5, carry=carry)
+        early = [one["new_slots"] for one in seen[:3]] + [one["h"] for one in seen[:3]]
+        gradients = torch.autograd.grad(loss, early, allow_unused=True, retain_graph=True)
+        assert [g is not None and g.any().item() for g in gradients] == [reached] * 6
+        loss.backward()
+        assert all(p.grad is None for p in backbone.parameters())

@@ -1,23 +1,26 @@
-"""Answers are extracted as lm-evaluation-harness does, and an interrupted run goes on."""
+"""Prompts, answer rules, problems and results files of an evaluation mean what they say."""
+import hashlib
 import json
+import os
 import sys
+from itertools import combinations
 
 import pytest
 import torch
 
 import eval_gsm8k as E
-from conftest import SHARED, at_most, needs_shared
-from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, prompt_ids, wilson
-from eval_gsm8k import WORDS, Contestant, contestants, dial_problems
-from folders import memory_for
-from metastate import MetaState, preset
-from model import TINY, Backbone, save_backbone, tiny_tokenizer
+import sample
+from conftest import SHARED, needs_shared
+from diffusion import generate
+from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, wilson
+from folders import CONTROL_TOKENS, memory_for, save_run
+from model import TINY, Backbone, byte_pair_tokenizer, bytes_of_characters, tiny_tokenizer
 from processes import run_two
-from sample import ASSETS, EXAMPLES, run_program
+from sample import DIAL_LENGTH, WORDS, dial_answer, dial_problems, run_program
 
 
 @needs_shared
-def test_extraction_equals_the_reference():
+def test_extraction_and_scores_equal_those_of_the_harness():
     lines = (SHARED / "extract_given.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
         for rule in ("strict", "cot_strict", "flexible"):
@@ -27,83 +30,223 @@ def test_extraction_equals_the_reference():
 
 
 @pytest.mark.parametrize("rule, text, answer", [
-    ("strict", "so #### 1,234.\n#### 5", "1,234."),
-    ("strict", "#### $5", "[invalid]"),
-    ("strict", "5", "[invalid]"),
-    ("cot_strict", "The answer is 42.", "42"),
+    ("strict", "so #### 1,234.\n#### 5", "1,234."), ("strict", "#### -7", "-7"),
+    ("strict", "#### $5", "[invalid]"), ("cot_strict", "The answer is 42. No, 5.", "42."),
     ("cot_strict", "The answer is 16800", "1680"),     # the filter wants one character more
-    ("flexible", "It costs $1,200 or -7", "-7"),
-    ("flexible", "about $12.50.", "$12.50."),
-    ("flexible", "7 ...", "..."),
-    ("numeric", "7 ...", "7"),
-    ("numeric", "$1,800.", "$1,800")])
-def test_extract(rule, text, answer):
+    ("flexible", "$1,200 or -7", "-7"), ("flexible", "about $12.50.", "$12.50."),
+    ("flexible", "7 ...", "..."), ("flexible", "none", "[invalid]"),
+    ("numeric", "7 ...", "7"), ("numeric", "$1,800.", "$1,800"), ("numeric", "a half: .5", ".5"),
+    ("numeric", r"\boxed{1{,}000}", "1,000"), ("numeric", "3 to \u22124.", "-4")])
+def test_the_answer_in_a_text_is(rule, text, answer):
     assert extract(text, rule) == answer
 
 
-@pytest.mark.parametrize("answer", ["18", "18.", "$18", "18.00"])
-def test_numbers_compare_as_numbers(answer):
-    assert is_correct(answer, "so it is\n#### 18", "numeric")
-    assert is_correct(answer, "#### 18", "strict") == (answer != "18.00")
-    assert not is_correct(answer, "#### 19", "numeric")
-    assert is_correct("1,800", "#### 1800", "numeric")
-    assert not is_correct("[invalid]", "#### 1", "numeric")
+@pytest.mark.parametrize("answer, gold, by_number, by_string", [
+    ("18", "18", True, True), ("18.", "18", True, True), ("$18", "18", True, True),
+    ("18.00", "18", True, False), ("1,800", "1800", True, True), (".5", "0.50", True, False),
+    ("\u221218", "-18", True, False), ("18", "19", False, False), ("18", "-18", False, False),
+    ("[invalid]", "1", False, False)])
+def test_answers_compare_as_numbers_or_as_strings(answer, gold, by_number, by_string):
+    assert is_correct(answer, f"6 * 3 = 18\n#### {gold}", "numeric") == by_number
+    assert is_correct(answer, f"6 * 3 = 18\n#### {gold}", "strict") == by_string
 
 
-def test_intervals():
-    low, high = wilson(90, 100)
-    assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-3)    # Wilson (1927), by table
-    assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
-    half = [False] * 50 + [True] * 50
-    whole = [True] * 100
-    mean, low, high = paired_interval(half, whole)
-    assert mean == 0.5 and (low, high) == pytest.approx((0.40, 0.60), abs=0.02)
-    assert paired_interval(whole, whole) == (0, 0, 0)
-
-
-def test_prompts_are_those_of_the_harness():
-    shots = [{"question": "q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}]
-    problem = {"question": "q2", "answer": ""}
+@pytest.mark.parametrize("protocol, after_it", [
+    ("dial", "<|endoftext|> 4"), ("gsm8k", " Question: 4"), ("gsm8k-cot", " Q: 4"),
+    ("chat", " Q: 4"), ("chat-few-shot", "</s> 4"), ("paper", " Question: 4")])
+def test_an_answer_is_read_up_to_the_stop_of_its_protocol(protocol, after_it):
     tokenizer = tiny_tokenizer(WORDS)
+    answer = "The answer is 3. #### 3"
+    text = E.answer_text(tokenizer, tokenizer.encode(answer + after_it), PROTOCOLS[protocol].stops)
+    assert text.strip() == answer
 
-    def text(name):
-        return tokenizer.decode(prompt_ids(tokenizer, PROTOCOLS[name], problem, shots))
 
-    solved = "Question: q1\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\n"
-    assert text("gsm8k") == solved + "Question: q2\nAnswer:"
-    assert text("gsm8k-cot") == "<|beginoftext|>Q: q1\nA: 1+1=2\nThe answer is 2.\n\nQ: q2\nA:"
-    assert text("chat-few-shot").startswith(solved + "Question: q2")
+WHOLE = dict(gen_length=256, steps=256)
+BLOCKS = WHOLE | dict(block_length=32)
+COT = WHOLE | dict(remasking="entropy", top_p=0.95)
+PAPER = BLOCKS | dict(cache=True, threshold=0.9)
+
+
+@pytest.mark.parametrize("options, name, chat, shots, rule, settings", [
+    ("", "dial", True, 0, "strict", dict(gen_length=20, steps=5)),
+    ("--init llada-base", "gsm8k", False, 5, "flexible", WHOLE),
+    ("--init llada", "chat-few-shot", True, 5, "flexible", BLOCKS),
+    ("--init dream-base", "gsm8k-cot", False, 8, "cot_strict", COT),
+    ("--init dream", "chat", True, 0, "flexible", COT | dict(top_p=0.9, temperature=0.1)),
+    ("--init llada --no-chat", "gsm8k", False, 5, "flexible", WHOLE),
+    ("--init llada-base --chat", "chat-few-shot", True, 5, "flexible", BLOCKS),
+    ("--init llada --protocol paper", "paper", True, 5, "flexible", PAPER),
+    ("--init dream-base --protocol paper", "paper", False, 5, "flexible", PAPER),
+    ("--init dream-base --protocol paper --chat", "paper", True, 5, "flexible", PAPER),
+    ("--init dream --protocol paper --no-chat", "paper", False, 5, "flexible", PAPER),
+    ("--init dream --protocol gsm8k-cot", "gsm8k-cot", False, 8, "cot_strict", COT),
+    ("--init dream --protocol gsm8k-cot --chat", "gsm8k-cot", True, 8, "cot_strict", COT)])
+def test_a_model_is_evaluated_under(options, name, chat, shots, rule, settings, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *options.split()])
+    args = E.arguments()
+    found, protocol = E.choose_protocol(args.protocol, E.choose_models(args), args.chat)
+    assert (found, protocol.chat, protocol.shots, protocol.rule) == (name, chat, shots, rule)
+    assert E.sampling_settings(args, protocol.settings) == settings
+
+
+def byte_tokenizer(kind, control_tokens):
+    added = [{"content": token, "id": 256 + n, "special": True}
+             for n, token in enumerate(control_tokens)]
+    return byte_pair_tokenizer(kind, bytes_of_characters(), [], added, nfc=True)
+
+
+TOKENIZERS = {
+    "tiny": tiny_tokenizer(WORDS),
+    "llada": byte_tokenizer("llada", CONTROL_TOKENS),
+    "dream": byte_tokenizer("dream", ["<|beginoftext|>", "<|im_start|>", "<|im_end|>"]),
+}
+SOLVED = "Question: q1\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\nQuestion: q2\nAnswer:"
+SOLVED_COT = "Q: q1\nA: 1+1=2\nThe answer is 2.\n\nQ: q2\nA:"
+DREAM_TURN = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+              "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+LLADA_TURN = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+@pytest.mark.parametrize("init, protocol, text", [
+    ("tiny", "dial", "q2\nAnswer:"),
+    ("llada-base", "gsm8k", SOLVED),
+    ("llada", "chat-few-shot", LLADA_TURN.format(SOLVED)),
+    ("dream-base", "gsm8k-cot", "<|beginoftext|>" + SOLVED_COT),
+    ("dream", "chat", DREAM_TURN.format("Q: q2\nA:")),
+    ("llada", "paper", LLADA_TURN.format(SOLVED)),
+    ("dream-base", "paper", "<|beginoftext|>" + SOLVED)])
+def test_the_prompt_is(init, protocol, text):
+    kind = init.split("-")[0]
+    choice = sample.Choice(init, init, kind, "base" not in init, None, None)
+    _, protocol = E.choose_protocol(protocol, choice, None)
+    shots = [{"question": "q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}][:protocol.shots]
+    tokenizer = TOKENIZERS[kind]
+    found = E.problem_ids(tokenizer, protocol, {"question": "q2", "answer": ""}, shots)
+    assert found == tokenizer.encode(text)             # control tokens as one id each
+
+
+def test_the_built_in_problems_are_fixed_and_no_question_is_in_two_splits():
+    splits = [dial_problems(split) for split in ("test", "valid", "train")]
+    assert [len(split) for split in splits] == [1000, 1000, 38960]
+    assert [split[0]["answer"] for split in splits] == [
+        " pink gives 6, black gives 6, blue gives 3, blue gives 6.\n#### 6",
+        " white gives 7, black gives 4, red gives 3, red gives 1.\n#### 1",
+        " brown gives 6, blue gives 3, red gives 1, white gives 5.\n#### 5"]
+    assert splits[0][0]["question"] == ("The dial shows 6. Press pink, then press black, then press "
+                                        "blue, then press blue.")
+    for some, others in combinations(splits, 2):
+        assert not {p["question"] for p in some} & {p["question"] for p in others}
+    assert dial_problems("valid", 3) == splits[1][:3]
+    assert all(dial_answer(p["question"]) == p["answer"] for p in splits[0])
+
+
+def test_every_word_of_the_built_in_problems_is_one_token():
+    for problem in dial_problems("test", 50):
+        question, answer = map(TOKENIZERS["tiny"].encode, problem.values())
+        assert len(question) == 5 + 2 + 3 * 4 + 1      # counted in the text above
+        assert len(answer) == 4 * 3 + 3 + 1 + 2 <= DIAL_LENGTH - 2
+
+
+@pytest.mark.parametrize("text", [
+    "", "The dial shows 4.", "The dial shows 4. Press red, then press red, then press red.",
+    f"The dial shows 12. Press red{', then press red' * 3}.",
+    f"The dial shows 4. Press grey{', then press red' * 3}.",
+    f"The dial shows 4. Press red{', then press red' * 3}. Why?"])
+def test_a_text_that_is_no_dial_problem_has_no_answer(text):
+    assert dial_answer(text) is None
+
+
+@pytest.mark.parametrize("name, begin", [("test.jsonl", "3730d312"), ("train.jsonl", "17f347dc")])
+def test_gsm8k_is_fetched_once_and_checked_by_its_hash(name, begin, tmp_path, monkeypatch):
+    calls = []
+
+    def download(url, path, sha256=None):
+        calls.append((url.rsplit("/", 1)[1], sha256))
+        path.write_text("fetched")
+
+    monkeypatch.setattr(E, "download", download)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert E.gsm8k_file(name).read_text() == E.gsm8k_file(name).read_text() == "fetched"
+    assert calls == [(name, E.SHA256[name])] and E.SHA256[name].startswith(begin)
+    if SHARED.exists():
+        published = (SHARED / "gsm8k" / name).read_bytes()
+        assert hashlib.sha256(published).hexdigest() == E.SHA256[name]
+
+
+@pytest.fixture
+def tiny():
+    """A random backbone, its tokeniser, and a memory that matters."""
+    torch.manual_seed(0)
+    backbone = Backbone(TINY).requires_grad_(False).eval()
+    return backbone, TOKENIZERS["tiny"], memory_for(backbone)
+
+
+def test_no_answer_depends_on_its_batch_and_each_has_its_own_seed_and_passes(tiny):
+    """By threshold rows need passes of their own number, and one that is done waits."""
+    backbone, tokenizer, memory = tiny
+    problems = [{"question": "x" * n, "answer": "#### 1"} for n in (1, 9, 4, 4, 6)]
+    settings = dict(gen_length=12, threshold=0.01, think=2, temperature=1.0)
+
+    def rows(todo, batch_size, seed=0):
+        return list(E.evaluate(backbone, tokenizer, problems, PROTOCOLS["dial"], settings=settings,
+                               todo=todo, memory=memory, batch_size=batch_size, seed=seed))
+
+    together = rows(None, 5)
+    assert [row["index"] for row in together] == [0, 1, 2, 3, 4]
+    assert together == rows(None, 2) == rows([0], 1) + rows([1, 2, 3, 4], 3)
+    assert together[2]["text"] != together[3]["text"]          # one question, two seeds
+    assert rows([3], 1)[0]["text"] == rows([2], 1, seed=1)[0]["text"]
+    assert len({row["passes"] for row in together}) > 1
+    seen = []
+    generate(backbone, torch.tensor([tokenizer.encode("xxxx\nAnswer:")]), memory=memory, seeds=[2],
+             on_step=lambda *report: seen.append(report), **settings)
+    assert together[2]["passes"] == len(seen)
+
+
+@pytest.mark.parametrize("carry", ["keep", "reset"])
+def test_an_answer_by_pass_is_the_one_written_at_once_after_it(tiny, carry):
+    backbone, tokenizer, memory = tiny
+    questions = dial_problems("valid", 5)
+    prompts = [E.problem_ids(tokenizer, PROTOCOLS["dial"], p, ()) for p in questions]
+    P = len(prompts[0])
+    written = []
+    for n in (1, 2, 3, 4):
+        canvas = generate(backbone, torch.tensor(prompts), memory=memory, carry=carry,
+                          gen_length=20, think=n - 1, steps=1)
+        written.append([tokenizer.answer(row) for row in canvas[:, P:].tolist()])
+    assert (written[0] != written[1]) == (carry == "keep")
+    for answers in written:
+        problems = [p | {"answer": answer} for p, answer in zip(questions, answers)]
+        found = E.whole_by_pass(backbone, tokenizer, problems, memory=memory, carry=carry,
+                                n_passes=4, batch_size=2)
+        assert found.tolist() == [[a == b for a, b in zip(answers, other)] for other in written]
+
+
+def test_intervals_are_those_of_95_percent():
+    assert wilson(90, 100) == pytest.approx((0.8256, 0.9448), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    half, whole = [False, True] * 50, [True] * 100
+    assert paired_interval(half, whole) == pytest.approx((0.5, 0.40, 0.60))    # binomial quantiles
+    assert paired_interval(whole, half) == pytest.approx((-0.5, -0.60, -0.40))
+    assert paired_interval(half, half) == (0, 0, 0)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    save_backbone(Backbone(TINY), tmp_path / "backbone", WORDS)
-    problems = [{"question": "x" * (i % 7), "answer": f"#### {i}"} for i in range(23)]
-    write_lines(tmp_path / "data.jsonl", problems)
+    """A run, and 11 problems of several lengths beside train.jsonl, which has others."""
+    save_run(tmp_path / "run")
+    for name, first, n in (("data", 0, 11), ("train", 100, 8)):
+        problems = [{"question": "x" * (i % 4), "answer": f"#### {i}"}
+                    for i in range(first, first + n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, problems)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def write_lines(path, values):
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def spy_on(name, monkeypatch):
-    """The keyword arguments of every call of a function of eval_gsm8k.py, which runs as before."""
-    calls = []
-    function = getattr(E, name)
-
-    def spy(*args, **options):
-        calls.append(options)
-        return function(*args, **options)
-
-    monkeypatch.setattr(E, name, spy)
-    return calls
-
-
-ARGS = ["eval_gsm8k.py", "--init", "backbone", "--data", "data.jsonl", "--device", "cpu",
-        "--gen-length", "6", "--steps", "3", "--rule", "flexible"]
+ARGS = ["eval_gsm8k.py", "--init", "run", "--data", "data.jsonl", "--device", "cpu",
+        "--gen-length", "6", "--steps", "3", "--rule", "flexible", "--batch-size", "4"]
 
 
 def run(monkeypatch, *more):
@@ -111,220 +254,96 @@ def run(monkeypatch, *more):
     run_program(E.main, "")
 
 
-def test_an_interrupted_run_goes_on_and_batches_do_not_matter(folder, monkeypatch, capsys):
-    run(monkeypatch, "--out", "whole.jsonl", "--batch-size", "5")
+def spy_on(module, name, monkeypatch):
+    """The keyword arguments of every call of a function, which runs as before."""
+    calls = []
+    function = getattr(module, name)
+
+    def spy(*args, **options):
+        calls.append(options)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, spy)
+    return calls
+
+
+@pytest.mark.parametrize("carry, todo", [("keep", [4, 5, 6, 7, 8, 9, 10]),
+                                         ("shuffle", list(range(11)))])
+def test_an_interrupted_run_goes_on(carry, todo, folder, monkeypatch, capsys):
+    """Under shuffle in the batches that it began with: whose memory a row gets depends on them."""
+    calls = spy_on(E, "evaluate", monkeypatch)
+    run(monkeypatch, "--out", "whole.jsonl", "--carry", carry)
     whole = (folder / "whole.jsonl").read_text()
-    assert "of 23 correct" in capsys.readouterr().out
-    cut = folder / "cut.jsonl"
-    cut.write_text(whole[:whole.index('"index": 9') + 5])              # killed within a line
-    calls = spy_on("evaluate", monkeypatch)
-    run(monkeypatch, "--out", "cut.jsonl", "--batch-size", "1")
-    assert [call["todo"] for call in calls] == [list(range(9, 23))]
-    _, found = E.read_results(cut)
-    assert found == E.read_results(folder / "whole.jsonl")[1] and len(found) == 23
+    (folder / "cut.jsonl").write_text(whole[:whole.index('"index": 4') + 9])       # within a line
+    run(monkeypatch, "--out", "cut.jsonl", "--carry", carry)
+    run(monkeypatch, "--out", "cut.jsonl", "--carry", carry)
+    assert [call["todo"] for call in calls] == [list(range(11)), todo, []]
+    assert {call["carry"] for call in calls} == {carry}
+    _, rows = E.read_results(folder / "cut.jsonl")
+    assert rows == E.read_results(folder / "whole.jsonl")[1] and len(rows) == 11
+    assert capsys.readouterr().out.count("of 11 correct") == 3
 
 
-def test_other_settings_are_not_mixed_into_a_file(folder, monkeypatch):
-    run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
+def test_a_file_takes_answers_of_one_setting_and_one_content_of_its_memory(folder, monkeypatch):
+    """The memory is known by its bytes, not by where it lies."""
+    run(monkeypatch, "--out", "a.jsonl")
     before = (folder / "a.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="error: .*was made with sampling"):
-        run(monkeypatch, "--out", "a.jsonl", "--limit", "3", "--steps", "6")
+    with pytest.raises(SystemExit, match="error: a.jsonl was made with sampling"):
+        run(monkeypatch, "--out", "a.jsonl", "--steps", "6")
+    state = torch.load(folder / "run" / "memory.pt")
+    state["model"]["initial_slots"] += 1
+    torch.save(state, folder / "run" / "memory.pt")
+    with pytest.raises(SystemExit, match="error: a.jsonl was made with memory"):
+        run(monkeypatch, "--out", "a.jsonl")
     assert (folder / "a.jsonl").read_bytes() == before
 
 
-def test_compare_pairs_the_problems(folder, monkeypatch, capsys):
-    for name, correct in (("a", [1, 0, 0, 0]), ("b", [1, 1, 1, 0, 1])):
-        rows = [{"index": i, "correct": bool(x), "passes": 1} for i, x in enumerate(correct)]
-        write_lines(folder / f"{name}.jsonl", [{"setting": {"problems": 5}}, *rows])
+def test_a_default_file_is_named_after_model_memory_and_setting(folder, monkeypatch):
+    for options in (["--seed", "0"], ["--seed", "1"], ["--no-memory", "--steps", "5"]):
+        run(monkeypatch, "--limit", "1", *options)
+    names = sorted(name[:-len("123456.jsonl")] for name in os.listdir("out/eval"))
+    run_of_ours = "tiny_run_dial_gen_length-6_steps-3_"
+    assert names == ["tiny_frozen_dial_gen_length-6_", run_of_ours, run_of_ours]
+
+
+def test_two_files_are_compared_problem_by_problem(folder, monkeypatch, capsys):
+    def save(name, results, problem="p"):
+        rows = [{"index": i, "problem": f"{problem}{i}", "correct": bool(x), "passes": 1}
+                for i, x in enumerate(results)]
+        lines = [{"setting": {"problems": 5}}, *rows]
+        (folder / name).write_text("\n".join(map(json.dumps, lines)))
+
+    save("a.jsonl", [1, 0, 0, 0])
+    save("b.jsonl", [1, 1, 1, 0, 1])
+    save("c.jsonl", [1, 1, 1, 0, 1], problem="another ")
     run(monkeypatch, "--compare", "a.jsonl", "b.jsonl")
-    assert "4 problems: 25.0% -> 75.0%, +50.0 points" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="data.jsonl .*results that"):
+    assert capsys.readouterr().out == (
+        "A, a.jsonl: 25.0% of 4 problems\nB, b.jsonl: 75.0%\n"
+        "B - A: +50.0 points (95 %, paired, over problems: +0.0 to +100.0)\n")
+    with pytest.raises(SystemExit, match="different ones under one number"):
+        run(monkeypatch, "--compare", "a.jsonl", "c.jsonl")
+    with pytest.raises(SystemExit, match="data.jsonl cannot be used .*; give a file of results"):
         run(monkeypatch, "--compare", "a.jsonl", "data.jsonl")
 
 
-def test_two_processes_answer_as_one_does(folder, monkeypatch):
+def test_solved_examples_are_those_of_the_train_file_never_of_the_scored_one(folder, monkeypatch):
+    calls = spy_on(E, "evaluate", monkeypatch)
+    options = ["--protocol", "gsm8k", "--limit", "1"]
+    run(monkeypatch, *options)
+    (folder / "train.jsonl").rename(folder / "gsm8k.jsonl")
+    asked = []
+    monkeypatch.setattr(E, "gsm8k_file", lambda name: asked.append(name) or folder / "gsm8k.jsonl")
+    run(monkeypatch, *options)
+    for call in calls:
+        assert [shot["answer"] for shot in call["shots"]] == [f"#### {100 + i}" for i in range(5)]
+    assert asked == ["train.jsonl"]
+    with pytest.raises(SystemExit, match="takes its 5 solved examples from .*gsm8k.jsonl"):
+        run(monkeypatch, *options, "--data", "gsm8k.jsonl")
+
+
+def test_two_processes_share_an_evaluation(folder, monkeypatch):
     run(monkeypatch, "--out", "one.jsonl")
     codes, texts = run_two(*ARGS, "--out", "two.jsonl", folder=folder)
     assert codes == [0, 0], texts
     assert E.read_results(folder / "one.jsonl")[1] == E.read_results(folder / "two.jsonl")[1]
-    assert "".join(texts).count("of 23 correct") == 1
-
-
-@needs_shared
-def test_real_problems_pass_through(folder, monkeypatch, capsys):
-    run(monkeypatch, "--data", str(SHARED / "gsm8k" / "test.jsonl"), "--limit", "5",
-        "--protocol", "gsm8k", "--out", "real.jsonl")
-    assert "of 5 correct" in capsys.readouterr().out
-
-
-def test_no_problem_is_its_own_solved_example(folder, monkeypatch):
-    (folder / "train.jsonl").write_text((folder / "data.jsonl").read_text())
-    options = ["--protocol", "gsm8k", "--out", "x.jsonl"]
-    run(monkeypatch, *options, "--limit", "2")
-    with pytest.raises(SystemExit, match="solved examples from train.jsonl"):
-        run(monkeypatch, *options, "--data", "train.jsonl")
-    (folder / "train.jsonl").write_text((folder / "data.jsonl").read_text().split("\n")[0])
-    with pytest.raises(SystemExit, match="has 1 of the 5"):
-        run(monkeypatch, *options)
-
-
-def test_a_shuffled_evaluation_goes_on_in_the_batches_that_it_began_with(folder, monkeypatch):
-    """Whose memory a row gets depends on its batch."""
-    def answers(name):
-        options = ["--init", str(ASSETS / "tiny"), "--carry", "shuffle", "--batch-size", "4",
-                   "--limit", "8", "--think", "2", "--steps", "2", "--out", name]
-        monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *options])
-        run_program(E.main, "")
-        return E.read_results(folder / name)[1]
-
-    whole = answers("whole.jsonl")
-    lines = (folder / "whole.jsonl").read_text().splitlines(keepends=True)
-    (folder / "cut.jsonl").write_text("".join(lines[:3]))
-    assert answers("cut.jsonl") == whole
-
-
-@pytest.mark.parametrize("line, word", [("{", "JSON"), ('{"question": "x"}', "question or answer")])
-def test_bad_problems_are_named(folder, monkeypatch, line, word):
-    with open(folder / "data.jsonl", "a") as file:
-        file.write(line + "\n")
-    with pytest.raises(SystemExit, match="error: data.jsonl line 24 .*" + word):
-        run(monkeypatch, "--out", "x.jsonl")
-
-
-# ---------------------------------------------------------------------------- WHAT THE TABLES RUN
-
-
-def test_the_example_of_sample_is_a_problem_and_its_answer_right():
-    questions = {p["question"]: p["answer"] for split in ("test", "valid", "train")
-                 for p in dial_problems(split)}
-    prompt, answer = EXAMPLES["tiny"]
-    assert questions[prompt].endswith(f"#### {answer}")
-
-
-@pytest.fixture
-def bench():
-    torch.manual_seed(0)
-    backbone = Backbone(TINY).requires_grad_(False).eval()
-    return E.Bench(backbone, tiny_tokenizer(WORDS), dial_problems("valid", 3), 20)
-
-
-def test_every_row_of_the_tables_runs_what_its_name_says(bench, monkeypatch):
-    """A spy on evaluate: the control rows must not run with the memory kept."""
-    memory, memoryless = memory_for(bench.backbone), MetaState(preset(bench.backbone))
-    monkeypatch.setattr(E, "THRESHOLDS", (0.9,))
-    monkeypatch.setattr(E, "BLOCK_LENGTHS", (10,))
-    monkeypatch.setattr(E, "QUOTA_STEPS", (2,))
-    monkeypatch.setattr(E, "THINKING_PASSES", (1, 2))
-    calls = spy_on("evaluate", monkeypatch)
-    everyone = contestants(memory, memoryless)
-    _, thinking = E.thinking_table(bench, everyone)
-    rows = [(None, "keep"), (memory, "reset"), (memory, "shuffle"), (memoryless, "reset"),
-            (memory, "keep")]
-    assert [(call["memory"], call["carry"]) for call in calls] == [r for r in rows for _ in (1, 2)]
-    assert list(thinking) == ["frozen", "memory reset", "memory shuffled", "memoryless-trained",
-                              "MetaState"]
-    for n, call in zip([1, 2] * 5, calls):             # the n-th pass writes
-        assert call["settings"] == {"gen_length": 20, "think": n - 1, "steps": 1}
-    calls.clear()
-    E.schedule_table(bench, bench, everyone)
-    tried = [(call["memory"], call["carry"]) for call in calls]
-    assert set(tried) == {(None, "keep"), (memory, "keep")}
-
-
-def test_the_tables_fit_80_columns():
-    rows = {"memoryless-trained": ["100.0"] * len(E.THINKING_PASSES)}
-    text = E.table("x", list(map(str, E.THINKING_PASSES)), rows)
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def test_passes_are_counted_by_row(bench):
-    """By threshold rows need passes of their own number, and one that is done waits."""
-    def rows_of(todo):
-        settings = dict(gen_length=12, steps=1, threshold=0.02, think=2)
-        return list(E.evaluate(bench.backbone, bench.tokenizer, bench.problems, PROTOCOLS["dial"],
-                               settings=settings, todo=todo))
-
-    rows = rows_of([0, 1, 2])
-    thinking = bench.score(Contestant(None, "keep"), think=3, steps=2)
-    assert [row["passes"] for row in thinking] == [5, 5, 5]
-    assert rows == rows_of([0]) + rows_of([1]) + rows_of([2])
-    assert all(2 < row["passes"] <= 14 for row in rows)
-
-
-@pytest.mark.parametrize("change", [
-    {"index": 5000}, {"index": -1}, {"index": None}, {"index": "1"}, {"index": False},
-    {"index": 0.0}, {"correct": "yes"}, {"correct": None}, {"correct": 1}, {"passes": None},
-    {"passes": -5}, {"passes": 1.5}, {"passes": 10 ** 400}])
-def test_results_edited_by_hand_are_refused(folder, monkeypatch, change):
-    run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
-    lines = (folder / "a.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines if line]
-    rows[1] |= change
-    edited = "\n".join(map(json.dumps, rows)) + "\n"
-    (folder / "a.jsonl").write_text(edited)
-    with pytest.raises(SystemExit, match="error: a.jsonl line 2 "):
-        run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
-    assert (folder / "a.jsonl").read_text() == edited
-
-
-@pytest.mark.parametrize("first_line", [
-    "", "null", "[]", '{"setting": null}', '{"setting": [1]}', '{"setting": {"problems": "3"}}',
-    '{"setting": {"problems": 3.0}}', "[" * 200_000, "\ufeff"])
-def test_results_whose_first_line_is_no_setting_are_refused(folder, monkeypatch, first_line):
-    content = f'{first_line}\n{{"index": 0, "correct": true, "passes": 1}}\n'
-    (folder / "a.jsonl").write_text(content)
-    for options in (["--out", "a.jsonl"], ["--compare", "a.jsonl", "a.jsonl"]):
-        with pytest.raises(SystemExit, match="error: a.jsonl cannot be used .*; give a file of"):
-            run(monkeypatch, *options)
-    assert (folder / "a.jsonl").read_text() == content
-
-
-def test_two_answers_to_one_problem_are_refused_unless_they_are_the_same(folder, monkeypatch):
-    row = {"index": 0, "correct": True, "passes": 1}
-    write_lines(folder / "a.jsonl", [{"setting": {"problems": 5}}, row, row])
-    run(monkeypatch, "--compare", "a.jsonl", "a.jsonl")
-    write_lines(folder / "a.jsonl", [{"setting": {"problems": 5}}, row, row | {"correct": False}])
-    with pytest.raises(SystemExit, match="error: a.jsonl line 3 .*another answer"):
-        run(monkeypatch, "--compare", "a.jsonl", "a.jsonl")
-
-
-def test_a_broken_line_is_passed_over_however_it_is_broken(folder, monkeypatch, capsys):
-    run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
-    with open(folder / "a.jsonl", "a") as file:
-        file.write("[" * 200_000 + "\n" + '{"index": ' + "9" * 6000 + "}\n\0\n")
-    run(monkeypatch, "--out", "a.jsonl", "--limit", "3")
-    assert capsys.readouterr().out.count("of 3 correct") == 2
-
-
-def test_evaluation_passes_on_carry_think_and_the_seed_of_every_problem(folder, monkeypatch):
-    calls = spy_on("generate", monkeypatch)
-    run(monkeypatch, "--out", "a.jsonl", "--limit", "5", "--batch-size", "3", "--carry", "reset",
-        "--think", "2", "--seed", "7")
-    assert [call["carry"] for call in calls] == ["reset", "reset"]
-    assert [call["think"] for call in calls] == [2, 2]
-    assert [list(call["seeds"]) for call in calls] == [[7, 8, 9], [10, 11]]
-
-
-def test_the_answer_ends_at_the_first_stop():
-    tokenizer = tiny_tokenizer(WORDS)
-    ids = tokenizer.encode("1 Q: 2 #### 3<|endoftext|>4", special=True)
-    assert E.answer_text(tokenizer, ids, ("Q:", "<|endoftext|>")) == "1 "
-    assert E.answer_text(tokenizer, ids, ("<|endoftext|>",)) == "1 Q: 2 #### 3"
-    assert E.answer_text(tokenizer, ids, ()) == "1 Q: 2 #### 34"
-
-
-@pytest.mark.parametrize("protocol, after_it", [
-    ("dial", "<|endoftext|> 4"), ("gsm8k", " Question: 4"), ("gsm8k-cot", " Q: 4"),
-    ("chat", " Q: 4"), ("chat-few-shot", "</s> 4")])
-def test_an_answer_is_judged_up_to_the_stop_of_its_protocol(protocol, after_it):
-    tokenizer = tiny_tokenizer(WORDS)
-    answer = "The answer is 3. #### 3"
-    ids = tokenizer.encode(answer + after_it, special=True)
-    judged = E.judge(tokenizer, PROTOCOLS[protocol], {"answer": "#### 3"}, ids)
-    assert judged["text"].strip() == answer and judged["correct"]
-
-
-def test_a_long_answer_is_judged_at_once():
-    with at_most(10):
-        assert not is_correct("1", "x" * 500_000, "strict")
-        assert is_correct("11", "#### 1" * 100_000 + "1", "strict")
+    assert "".join(texts).count("of 11 correct") == 1

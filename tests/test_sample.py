@@ -1,162 +1,216 @@
-"""sample.py in the hands of a person: models, answers, steps, blanks, sentences for mistakes."""
+"""sample.py in the hands of a person: which model answers, what it is given, what is printed."""
 import argparse
-import os
 import re
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 import sample
-from folders import save_run
+from folders import CONTROL_TOKENS, save_llada, save_run
+from model import InputError, Tokenizer, load_tokenizer, tiny_tokenizer
+from sample import WORDS
+
+TINY = sample.ASSETS / "tiny"
+PROMPT = "The dial shows 4. Press blue, then press red, then press black, then press pink."
+ANSWER = " blue gives 7, red gives 4, black gives 5, pink gives 0.\n#### 0"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
+    """run(*options): what sample.py prints, in an empty folder; run.notes: what it tells beside."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
 
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *args])
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *options])
         sample.run_program(sample.main, "")
-        return capsys.readouterr().out
+        out, run.notes = capsys.readouterr()
+        return out
+
     return run
 
 
 @pytest.fixture
-def trained(tmp_path):
-    return save_run(tmp_path / "out" / "tiny")
+def calls(monkeypatch):
+    """The arguments of every call of generate: {ids, ...}; it runs as before."""
+    calls = []
+    generate = sample.generate
+
+    def spy(backbone, ids, **options):
+        calls.append({"ids": ids.tolist(), **options})
+        return generate(backbone, ids, **options)
+
+    monkeypatch.setattr(sample, "generate", spy)
+    return calls
 
 
-def test_without_a_run_the_model_of_the_repository_answers(run):
-    assert run("--think", "4", "--steps", "1").endswith("#### 0\n")
+THINK = ["--think", "4", "--steps", "1"]               # all of the answer at once
 
 
-def test_answers(run, trained):
-    out = run()
-    assert out.startswith("The dial shows ") and out == run()
-    assert run("--no-memory") != out
-    two = run("--prompt", "x", "--num-samples", "2", "--temperature", "1", "--seed", "3")
-    assert two != run("--prompt", "x", "--num-samples", "2", "--temperature", "1", "--seed", "4")
+def test_a_verdict_follows_the_answer_to_a_dial_problem(run):
+    assert run(*THINK) == f"{PROMPT}\n{ANSWER}  (right)\n"
+    assert run("--no-memory").endswith("  (wrong: 0)\n")
 
 
-def test_show_steps_tells_every_pass_and_the_change_of_every_slot(run, trained, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    out = run("--show-steps", "--steps", "4", "--think", "2")
-    assert max(map(len, out.split("\n", 1)[1].splitlines())) <= 80     # all but the prompt
-    passes = [line.split("|") for line in out.splitlines() if re.match(r" +\d+ \|", line)]
-    assert [int(number) for number, _, _ in passes] == [1, 2, 3, 4, 5, 6]
-    assert all(len(bars) == 16 for _, bars, _ in passes)
-    assert [answer.startswith(" (") for _, _, answer in passes] == [True] * 2 + [False] * 4
+def test_the_tiny_model_hints_at_its_problems_where_the_prompt_is_none(run):
+    out = run("1 + 1 =")
+    assert f"the tiny model knows problems such as '{PROMPT}' only" in run.notes
+    assert out.startswith("1 + 1 =\n") and not re.search("right|wrong", out)
+    run(PROMPT)
+    assert "problems such as" not in run.notes
 
 
-def test_a_sample_that_is_done_shows_no_passes_while_it_waits_for_others(run, trained):
-    options = ["--show-steps", "--threshold", "0.01", "--temperature", "5"]
-    alone = run(*options)
-    together = run(*options, "--num-samples", "3")
-    assert together.startswith(alone)
+def test_a_prompt_is_given_with_or_without_its_option(run, calls):
+    prompt = "The dial shows 3. Press red, then press red, then press red, then press red."
+    assert run(prompt) == run("--prompt", prompt) != run()
+    assert calls[0]["ids"] == calls[1]["ids"] != calls[2]["ids"]
+    assert calls[0]["ids"] == [tiny_tokenizer(WORDS).encode(prompt + "\nAnswer:")]
 
 
-def test_infill_thinks_about_the_whole_answer(run):
-    """The trained memory knows all five digits, which needs its anchors over the whole answer."""
-    text = " blue gives_, red gives_, black gives_, pink gives_.\n####_"
-    right = " blue gives 7, red gives 4, black gives 5, pink gives 0.\n#### 0\n"
-    assert run("--infill", text, "--think", "4", "--steps", "1").endswith(right)
-    assert not run("--infill", text, "--think", "4", "--steps", "1", "--no-memory").endswith(right)
+def test_every_sample_has_its_own_seed(run, calls):
+    options = ["x", "--temperature", "1", "--steps", "20"]
+    first, second = (run(*options, "--seed", seed).removeprefix("x\n") for seed in ("3", "4"))
+    assert run(*options, "--num-samples", "2", "--seed", "3") == f"x\n{first}{second}"
+    assert first != second
+    assert [list(call["seeds"]) for call in calls] == [[3], [4], [3, 4]]
 
 
-def test_infill_keeps_what_is_given(run, trained):
-    out = run("--infill", " red gives_, blue gives_.", "--steps", "2")
-    assert re.search(r" red gives.*, blue gives.*\.\n", out, re.S)
+@pytest.mark.parametrize("name, options, is_chat", [
+    ("x", [], True), ("x-base", [], False), ("X-Base-8B", [], False),
+    ("x", ["--no-chat"], False), ("x-base", ["--chat"], True)])
+def test_a_base_model_is_not_put_into_a_chat(name, options, is_chat, run, calls, monkeypatch):
+    chats = []
+    chat = Tokenizer.chat
+    monkeypatch.setattr(Tokenizer, "chat",
+                        lambda self, messages: chats.append(messages) or chat(self, messages))
+    save_llada(Path(name))
+    run("Hi", "--init", name, "--gen-length", "8", *options)
+    assert chats == ([[{"role": "user", "content": "Hi"}]] if is_chat else [])
+    start, _, begin, end, end_of_turn, _ = range(256, 262)             # as in CONTROL_TOKENS
+    turn = [start, begin, *b"user", end, *b"\n\nHi", end_of_turn, begin, *b"assistant", end,
+            *b"\n\n"]
+    assert calls[0]["ids"] == [turn if is_chat else [*b"Hi"]]
+    assert (calls[0]["gen_length"], calls[0]["block_length"], calls[0]["steps"]) == (8, 8, 8)
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|eot_id|>"])
+def test_a_text_ends_at_the_first_end_of_text_or_turn(end, run, monkeypatch):
+    save_llada(Path("x"))
+    written = f"It cost{CONTROL_TOKENS[2]} 7{end}8 yeah{end} apples"
+    ids = torch.tensor([load_tokenizer("x").encode(written)])
+    monkeypatch.setattr(sample, "generate",
+                        lambda backbone, prompt, **options: torch.cat((prompt, ids), dim=1))
+    assert run("Hi", "--init", "x") == "Hi\nIt cost 7\n"
+
+
+@pytest.mark.parametrize("gen_length, steps, block", [
+    (128, 128, 32), (256, 256, 32), (100, 100, 25), (97, 97, 97), (8, 8, 8),
+    (256, 64, 32), (64, 3, 64), (48, 2, 24)])
+def test_the_default_block_fills_the_answer_and_shares_out_the_steps(gen_length, steps, block):
+    assert sample.fitting_block(gen_length, steps, at_most=32) == block
+
+
+def test_a_blank_is_a_line_that_stands_alone_with_the_space_before_it():
+    tokenizer, mask_id = tiny_tokenizer(WORDS), 302
+    text = "_ add_one _, gives_ _x __ (_) _."
+    pieces = [" add_one", ", gives_ _x __ (", ")", "."]
+    expected = [mask_id]
+    for piece in pieces:
+        expected += [*tokenizer.encode(piece), mask_id]
+    assert sample.infill_ids(tokenizer, text, mask_id) == expected[:-1]
+
+
+def test_an_infilled_answer_is_as_long_as_usual_and_thought_about_as_a_whole(run, calls):
+    """The memory knows all five digits, which needs its anchors over the whole answer."""
+    text = " blue gives _, red gives _, black gives _, pink gives _.\n#### _"
+    assert run("--infill", text, *THINK) == f"{PROMPT}\n{ANSWER}  (right)\n"
+    tokenizer = load_tokenizer(TINY / "backbone")
+    prompt = tokenizer.encode(PROMPT + "\nAnswer:")
+    digits = {tokenizer.encode(f" {digit}")[0] for digit in range(10)}
+    blanked = [302 if i in digits else i for i in tokenizer.encode(ANSWER)]
+    assert calls[0]["ids"] == [prompt + blanked + [303, 303]]          # 18 tokens of 20
+    assert (calls[0]["answer_start"], calls[0]["gen_length"]) == (len(prompt), 0)
+    assert "(wrong: 0)" in run("--infill", text, "--no-memory", *THINK)
+    run("--infill", text)
+    assert [call["steps"] for call in calls] == [1, 1, 5]              # 5 blanks
     with pytest.raises(SystemExit, match="--infill has no blank"):
-        run("--infill", "no blank")
+        run("--infill", "add_one")
+
+
+def test_show_steps_tells_every_pass_in_80_columns_with_the_last_digit_in_view(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    prompt = "The dial shows 1. Press black, then press green, then press white, then press brown."
+    lines = run(prompt, "--show-steps", "--think", "8", "--steps", "1").splitlines()[1:]
+    assert lines[0] == "   change   answer, in brackets while it is only thought"
+    bars, passes = zip(*[(line[3:11], line[:3] + line[12:]) for line in lines[1:10]])
+    assert all(re.fullmatch(rf" {n} \(.*#### \d\)", line) for n, line in enumerate(passes[:8], 1))
+    assert re.fullmatch(r" 9 black gives .*\. #### \d", passes[8])
+    assert passes[8][-1] == lines[11][5]               # the digit of the answer below
+    assert max(map(len, lines)) <= 80
+    assert "█" in bars[0] and not set(bars[8]) & set("▃▄▅▆▇█")         # since the pass before
+    frozen = run(prompt, "--show-steps", "--no-memory", "--steps", "2").splitlines()[1:]
+    assert frozen[0] == "   answer, in brackets while it is only thought"
+    assert re.match(r" 1 \S.*░", frozen[1]) and "█" not in "".join(frozen)
+
+
+def test_a_sample_that_is_done_shows_no_passes_while_it_waits_for_others(run):
+    options = ["--show-steps", "--threshold", "0.6", "--temperature", "1"]
+    alone, other = run(*options), run(*options, "--seed", "1")
+    assert alone.count("\n") < other.count("\n")       # the second sample takes more passes
+    assert run(*options, "--num-samples", "2").startswith(alone)
 
 
 def choose(*options):
     parser = argparse.ArgumentParser()
     sample.add_model_options(parser)
-    return sample.choose_models(parser.parse_args(options))
+    name, weights, kind, chat, memory, _ = sample.choose_models(parser.parse_args(options))
+    return name, weights, kind, chat, memory
 
 
-def trained_on(name, path):
-    """Change the name of the backbone that a memory was trained on."""
-    state = torch.load(path, weights_only=True)
-    state["backbone"]["name"] = name
-    torch.save(state, path)
+def test_what_the_options_of_models_mean(run):
+    """Name, weights, kind, whether it chats, and memory."""
+    own, other = save_run(Path("out/s1")), save_run(Path("out/big"))
+    state = torch.load(other)
+    state["backbone"]["name"] = "llada"
+    torch.save(state, other)
+    save_llada(Path("hf/hub/models--org--x-base/snapshots/abc"))
+    tiny = ("tiny", str(TINY / "backbone"), "tiny", True)
+    s1 = ("tiny", "out/s1/backbone", "tiny", True)
+    folder = ("out/s1/backbone", "out/s1/backbone", "tiny", True)
+    for options, expected in [
+        ("", (*tiny, TINY / "memory.pt")),
+        ("--init tiny", (*tiny, TINY / "memory.pt")),
+        ("--no-memory", (*tiny, None)),
+        ("--init out/s1", (*s1, own)),
+        ("--memory out/s1/memory.pt", (*s1, own)),
+        ("--init out/s1 --no-memory", (*s1, None)),
+        ("--init out/s1/backbone", (*folder, None)),
+        ("--init out/s1/backbone --memory out/s1/memory.pt", (*folder, own)),
+        ("--memory out/big/memory.pt", ("llada", "llada", "llada", True, other)),
+        ("--init llada-base", ("llada-base", "llada-base", "llada", False, None)),
+        ("--init dream --weights out/s1/backbone", ("dream", folder[1], "tiny", True, None)),
+        ("--init org/x-base", ("org/x-base", "org/x-base", "llada", False, None)),
+    ]:
+        assert choose(*options.split()) == expected, options
+    with pytest.raises(InputError, match="there is no folder nothing; give one"):
+        choose("--init", "nothing")
 
 
-def test_the_newest_run_is_taken_and_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert choose().memory == sample.ASSETS / "tiny" / "memory.pt"
-    for name, time in (("older", 1000), ("newest", 3000), ("old", 2000)):
-        path = save_run(tmp_path / "out" / name)
-        os.utime(path, (time, time))
-    capsys.readouterr()
-    for options in ([], ["--init", "tiny"]):
-        assert choose(*options).memory.parent.name == "newest"
-        assert capsys.readouterr().err == "model: out/newest\n"
-
-
-def test_what_the_options_of_models_mean(run, trained, tmp_path):
-    folder = tmp_path / "out" / "tiny"
-    whole_run = sample.Choice("tiny", folder / "backbone", trained)
-    assert choose("--memory", str(trained)) == choose("--init", str(folder)) == whole_run
-    assert choose("--memory", str(trained), "--init", "tiny") == whole_run
-    assert choose("--init", str(folder), "--no-memory") == whole_run._replace(memory=None)
-    backbone = str(folder / "backbone")
-    assert choose("--init", backbone) == sample.Choice(backbone, backbone, None)
-    other = choose("--memory", str(trained), "--init", backbone)
-    assert other == sample.Choice(backbone, backbone, trained)
-    assert choose("--init", "llada") == sample.Choice("llada", "llada", None)
-    weights = choose("--init", "llada", "--weights", backbone)
-    assert weights == sample.Choice("llada", folder / "backbone", None)
-
-
-def test_a_memory_of_a_preset_opens_the_preset_and_no_tiny_backbone(run, trained):
-    trained_on("llada", trained)
-    assert choose("--memory", str(trained)) == sample.Choice("llada", "llada", trained)
-    with pytest.raises(sample.InputError, match="trained on llada.*give --init llada"):
-        choose("--init", "tiny")
-
-
-def test_a_run_is_opened_by_its_folder_or_by_its_memory(run, trained):
-    assert run("--init", "out/tiny") == run("--memory", "out/tiny/memory.pt") == run()
-
-
-@pytest.mark.parametrize("gen_length, steps", [(8, 8), (100, 100), (97, 97), (256, 64), (33, 1)])
-def test_the_default_block_fits_any_length(gen_length, steps):
-    block = sample.fitting_block(gen_length, steps, at_most=32)
-    assert gen_length % block == 0 and steps % (gen_length // block) == 0
-    sample.Sampling(gen_length=gen_length, steps=steps, block_length=block)
-
-
-@pytest.mark.parametrize("text, answer, right", [
-    ("so #### 8", "8", True), ("8 or 9", "8", False), ("1,800.", "1800", True), ("", "8", False),
-    ("18.00", "18", True), ("18", "$18", True), ("-$18", "-18", True), ("18", "-18", False)])
-def test_right_is_the_last_number(text, answer, right):
-    assert sample.is_right(text, answer) is right
-
-
-def test_a_closed_output_is_told_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(SystemExit, match="closed"):
-        sample.run_program(sample.main, "")
-
-
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, None], ids=str)
-def test_too_little_memory_is_told_in_a_sentence(error):
-    def main():
-        if error:
-            raise error("nothing is left")
-        torch.empty(10 ** 16)
-
-    with pytest.raises(SystemExit, match="memory of this machine"):
-        sample.run_program(main, "")
-
-
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, RecursionError])
-def test_a_mistake_of_our_own_is_not_hidden(error):
-    def main():
-        raise error("of our own")
-
-    with pytest.raises(error, match="of our own"):
-        sample.run_program(main, "")
+def test_what_was_chosen_answers_and_its_memory_is_read_once(run, monkeypatch):
+    save_run(Path("out/s1"))
+    save_llada(Path("hf/hub/models--org--x-base/snapshots/abc"))
+    read = Counter()
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes",
+                        lambda path: (read.update([path.name]), read_bytes(path))[1])
+    by_folder = run("--init", "out/s1")
+    assert read["memory.pt"] == 1
+    assert by_folder == run("--memory", "out/s1/memory.pt") != run("--init", "out/s1/backbone")
+    assert run("Hi", "--init", "org/x-base", "--gen-length", "8").startswith("Hi\n")
+    with pytest.raises(SystemExit, match="trained on another backbone, tiny"):
+        run("--memory", str(TINY / "memory.pt"), "--init", "out/s1/backbone")
+    run("--memory", str(TINY / "memory.pt"), "--init", "out/s1/backbone", "--any-backbone")

@@ -1,115 +1,52 @@
-"""Training sees the same data however it is interrupted or shared out, and does what it says."""
+"""Training sees the same data however it is interrupted or shared out, does what it says, and never
+destroys what it finds."""
 import argparse
 import json
 import math
-import os
-import random
+import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-import eval_gsm8k
 import train
-from eval_gsm8k import WORDS, dial_problems, read_jsonl
-from metastate import load_checkpoint
-from model import TINY, InputError, tiny_tokenizer
-from processes import LIMIT, ROOT, Program, end, run, run_two
-from sample import Processes
+from conftest import ROOT, at_most
+from folders import save_llada
+from metastate import MetaState, load_checkpoint
+from model import TINY, Backbone, InputError, load_backbone, tiny_tokenizer
+from processes import LIMIT, Program, run_two
+from sample import WORDS, Processes, dial_problems
 from train import Text, TokenIds
 
 TOKENIZER = tiny_tokenizer(WORDS)
-NAMES = ("backbone", "memory", "memoryless")
-SMALL = ["--backbone-iters", 6, "--backbone-batch", 8, "--iters", 8, "--batch", 8, "--K", 3,
-         "--save-every", 2, "--device", "cpu", "--problems", 0]
-LONGER = ["--backbone-iters", 20, "--iters", 40]
-RANDOM = ["--confident", 0]            # where a reveal must not depend on the last bit of a sum
+NAMES = ("backbone", "memory")
+# No setting has its default, so that --resume must find it in the checkpoint. A reveal by
+# confidence would depend on the last bit of a sum.
+SMALL = ("--backbone-iters 7 --backbone-batch 8 --backbone-lr 0.008 --iters 9 --batch 8 --lr 0.004 "
+         "--K 3 --think 3 --lam 0.25 --confident 0 --seed 5 --problems 0 --device cpu").split()
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in dial_problems("train", 60)))
-    return path
+def start(*argv):
+    """The program, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        train.main()
 
 
-def arguments(out, data, *more):
-    return ["train.py", "--out", out, "--data", data, *SMALL, *more]
+def log(out, name):
+    lines = (out / f"{name}.log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def finished(out, data, *more):
-    """A run of its own, to the end; what it printed."""
-    code, text = run(*arguments(out, data, *more), folder=out.parent)
-    assert code == 0, text
-    return text
-
-
-def refused(out, data, *more):
-    code, text = run(*arguments(out, data, *more), folder=out.parent)
-    assert code == 1 and "Traceback" not in text
-    sentence = text.strip().splitlines()[-1]
-    assert sentence.startswith("error: ")
-    return sentence
-
-
-def weights(out):
-    return {name: load_checkpoint(out / f"{name}.pt")["model"] for name in NAMES}
-
-
-def assert_equal_weights(a, b):
-    first, second = weights(a), weights(b)
-    for name in NAMES:
-        for key in first[name]:
-            assert torch.equal(first[name][key], second[name][key]), f"{name} {key}"
-
-
-def log(out, name="memory"):
-    path = out / f"{name}.log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def log_size(out):
-    """Grows by every step that is logged."""
-    return sum(path.stat().st_size for path in out.glob("*.log.jsonl"))
-
-
-def has_checkpoint(out):
-    return any(out.glob("*.pt"))
-
-
-def in_process(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        train.run_program(train.main, if_interrupted="--resume")
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def stopped(monkeypatch, number, n_steps, out, data, *more):
-    """A run that gets a signal within the n-th step of its memory's training."""
-    calls = []
-    unroll = train.unroll
-
-    def spy(*args, **options):
-        calls.append(1)
-        if len(calls) == n_steps:
-            signal.raise_signal(number)
-        return unroll(*args, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, "unroll", spy)
-        in_process(patch, *arguments(out, data, *more))
-    assert end.value.code == 130
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # ----------------------------------------------------------------------- interrupted, shared out
@@ -119,589 +56,533 @@ def stopped(monkeypatch, number, n_steps, out, data, *more):
 def whole(tmp_path_factory):
     """A run that nobody interrupted, and its data."""
     folder = tmp_path_factory.mktemp("whole")
-    path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(p) + "\n" for p in dial_problems("train", 60)))
-    finished(folder / "run", path, *LONGER)
-    return folder / "run", path
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, dial_problems("train", 60))))
+    start("--out", folder / "run", "--data", data, *SMALL)
+    return folder / "run", data
 
 
-def test_twenty_kills_at_random_change_nothing(whole, tmp_path):
+KILLED = """
+import os, signal, sys
+import train
+train.SAVE_ITERATIONS = 2
+name, n = sys.argv.pop(1).split(":")
+where = os if hasattr(os, name) else train
+function, calls = getattr(where, name), []
+
+def killed(*args, **more):
+    calls.append(1)
+    if len(calls) == int(n):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **more)
+
+setattr(where, name, killed)
+train.run_program(train.main, "")
+"""
+
+
+def test_kills_change_nothing(whole, tmp_path):
+    """kill -9 within an iteration, while a file is written, before it takes the place of the old
+    one; --resume needs no option."""
     whole, data = whole
-    out, rng = tmp_path / "killed", random.Random(0)
-    for kill in range(20):
-        resume = ["--resume"] if has_checkpoint(out) else []
-        program = Program(*arguments(out, data, *LONGER, *resume), folder=tmp_path)
-        if kill % 2:                       # at any moment: while it starts or reads, for example
-            time.sleep(rng.uniform(0, 0.15))
-        else:                              # within a step, or while a checkpoint is written
-            before = log_size(out)
-            program.wait_until(lambda: log_size(out) > before or program.process.exitcode == 0)
-            time.sleep(rng.uniform(0, 0.02))
-        with suppress(ProcessLookupError):             # on a busy machine it may be done by now
-            program.send(signal.SIGKILL)
-        assert program.wait() in (-signal.SIGKILL, 0), program.text()
-    finished(out, data, *LONGER, "--resume")
-    assert_equal_weights(whole, out)
+    out, n_goes_on = tmp_path / "killed", 0
+    program = tmp_path / "killed.py"                   # train.py, that saves often and is killed
+    program.write_text(KILLED)
+
+    def begin(moment):
+        more = ["--resume"] if any(out.glob("*.pt")) else ["--data", data, *SMALL]
+        return Program(program, moment, "--out", out, *more, folder=tmp_path)
+
+    for moment in ("global_gradient:2", "global_gradient:6", "fsync:2", "replace:3",
+                   "global_gradient:1", "global_gradient:8", "fsync:3", "replace:2"):
+        n_goes_on += any(load_checkpoint(path)["optimizers"] for path in out.glob("*.pt"))
+        assert begin(moment).wait() == -signal.SIGKILL
+    assert n_goes_on >= 3                              # from the middle of a training
+    last = begin("global_gradient:100")
+    assert last.wait() == 0, last.text()
     for name in NAMES:
+        one, other = (load_checkpoint(run / f"{name}.pt") for run in (whole, out))
+        assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
         assert log(out, name) == log(whole, name)
+        # who samples needs no optimiser: two thirds of the file
+        assert other["optimizers"] == [] and other["iteration"] == len(log(out, name))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_loop_saves_and_ends(whole, tmp_path, number, monkeypatch, capsys):
-    whole, data = whole
-    out = tmp_path / "stopped"
-    stopped(monkeypatch, number, 3, out, data, *LONGER, "--save-every", 1000)
-    assert "--resume" in capsys.readouterr().err
-    state = load_checkpoint(out / "memory.pt")
-    assert state["step"] == len(log(out)) == 3 and "optimizer" in state
-    finished(out, data, *LONGER, "--save-every", 1000, "--resume")
-    assert_equal_weights(whole, out)
-    # Who samples needs no optimiser: two thirds of the file.
-    assert not any("optimizer" in load_checkpoint(out / f"{name}.pt") for name in NAMES)
-
-
-def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, data):
-    for name, n in (("one", 1), ("four", 4)):
-        finished(tmp_path / name, data, "--accumulate", n, *RANDOM)
-    assert_equal_logs(tmp_path / "one", tmp_path / "four")
-
-
-def assert_equal_logs(a, b):
+def test_two_processes_with_accumulation_train_as_one_does(whole, tmp_path):
     """Sums in another order differ in the last bits, which the steps of training then widen."""
-    for name in NAMES:
-        for one, other in zip(log(a, name), log(b, name), strict=True):
-            assert one["loss"] == pytest.approx(other["loss"], rel=2e-4)
-            assert one["by_step"] == pytest.approx(other["by_step"], rel=2e-4)
-            assert one["norm"] == pytest.approx(other["norm"], rel=2e-3)
-
-
-def test_two_processes_with_accumulation_train_as_one_does(tmp_path, data):
-    finished(tmp_path / "one", data, *RANDOM)
-    codes, texts = run_two(*arguments(tmp_path / "two", data, "--accumulate", 2, *RANDOM),
-                           folder=tmp_path)
+    whole, data = whole
+    codes, texts = run_two("train.py", "--out", tmp_path / "two", "--data", data, *SMALL,
+                           "--accumulate", 2, folder=tmp_path)
     assert codes == [0, 0], texts
-    assert_equal_logs(tmp_path / "one", tmp_path / "two")
-
-
-def test_a_killed_rank_ends_the_job_and_keeps_the_checkpoint(tmp_path, data):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", ROOT / "train.py", *arguments(tmp_path / "run", data, "--iters", 100_000)[1:]]
-    with open(tmp_path / "output", "w") as file:
-        job = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=file, stderr=file,
-                               start_new_session=True)
-    try:
-        limit = time.monotonic() + LIMIT
-        while not (tmp_path / "run" / "memory.pt").exists():
-            assert job.poll() is None and time.monotonic() < limit, \
-                (tmp_path / "output").read_text()
-            time.sleep(0.02)
-        children = f"/proc/{job.pid}/task/{job.pid}/children"
-        ranks = [pid for pid in map(int, open(children).read().split())
-                 if "train.py" in open(f"/proc/{pid}/cmdline").read()]
-        os.kill(ranks[-1], signal.SIGKILL)
-        assert job.wait(LIMIT) != 0
-    finally:
-        end(job)
-    assert "Signal 9" in (tmp_path / "output").read_text()
-    assert load_checkpoint(tmp_path / "run" / "memory.pt")["step"] >= 2
+    for name in NAMES:
+        for one, two in zip(log(whole, name), log(tmp_path / "two", name), strict=True):
+            exact = 1e-6 if one["iteration"] == 0 and name == "backbone" else 2e-3
+            assert two["loss"] == pytest.approx(one["loss"], rel=exact)
+            assert two["by_step"] == pytest.approx(one["by_step"], rel=2e-3)
+            assert two["norm"] == pytest.approx(one["norm"], rel=max(exact, 1e-5) * 10)
 
 
 # ------------------------------------------------------------------------- what is kept, and when
 
 
-def test_a_loss_that_is_not_finite_stops_and_another_rate_goes_on(tmp_path, data, monkeypatch):
-    """A run that was sound up to its checkpoint, and then is resumed at an absurd rate."""
+def test_a_run_is_never_overwritten(whole):
+    out, data = whole
+    before = contents(out)
+    with pytest.raises(InputError, match="--resume"):
+        start("--out", out, "--data", data, *SMALL)
+    assert before == contents(out)
+
+
+def test_a_run_that_lost_its_backbone_is_not_begun_anew(whole, tmp_path):
+    """assets/tiny for example: its backbone would be overwritten, then its memory be refused."""
     out = tmp_path / "run"
-    stopped(monkeypatch, signal.SIGINT, 3, out, data, *LONGER)
-    sentence = refused(out, data, *LONGER, "--lr", 1e9, "--resume", "--save-every", 1000)
-    assert "loss became" in sentence and "memory.pt" in sentence and "--lr" in sentence
-    # What is kept was finite: a NaN is seen before it is stepped or saved.
+    shutil.copytree(whole[0], out)
+    (out / "backbone.pt").unlink()
+    before = contents(out)
+    with pytest.raises(InputError, match="backbone.pt"):
+        start("--out", out, "--resume")
+    assert before == contents(out)
+
+
+def test_beside_resume_only_that_may_be_given_which_changes_no_result(whole):
+    out, _ = whole
+    allowed = {"weights", "data", "device", "compile", "accumulate", "keep_activations", "lr",
+               "backbone_lr", "split", "problems"}
+    for action in train.make_parser()._actions:
+        argv = ["--resume", "--out", str(out), action.option_strings[-1]]
+        if action.nargs != 0:
+            is_float = action.type and action.type.__name__ == "float"
+            argv.append(action.choices[-1] if action.choices else "0.5" if is_float else "1")
+        if action.dest in allowed:
+            assert vars(train.arguments(argv))[action.dest] in (1, 0.5, argv[-1])
+        elif action.dest not in ("help", "out", "resume"):
+            with pytest.raises(InputError, match=f"has {action.dest} = .*, not "):
+                train.arguments(argv)
+    assert train.arguments(["--resume", "--out", str(out), "--K", "3"]).lr == 0.004
+
+
+@pytest.mark.parametrize("key", ["question", "answer"])
+def test_a_run_does_not_go_on_with_other_data(whole, tmp_path, key):
+    out, data = whole
+    before = contents(out)
+    problems = dial_problems("train", 60)
+    problems[30][key] = problems[31][key]
+    changed = tmp_path / "data.jsonl"
+    changed.write_text("\n".join(map(json.dumps, problems)))
+    with pytest.raises(InputError, match="other data"):
+        start("--resume", "--out", out, "--data", changed)
+    assert before == contents(out)
+
+
+def test_a_memory_is_trained_on_the_shipped_backbone_and_goes_on_with_no_other(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "dial_problems", lambda split, n: dial_problems(split, min(n, 40)))
+    out = tmp_path / "run"
+    shipped = ROOT / "assets" / "tiny" / "backbone"
+    start("--init", shipped, "--out", out, "--iters", 2, "--batch", 4, "--problems", 3)
+    assert {path.name for path in out.iterdir()} == {"memory.pt", "memory.log.jsonl", "table.md",
+                                                     "table.json"}
     state = load_checkpoint(out / "memory.pt")
-    assert state["step"] < 40 and all(p.isfinite().all() for p in state["model"].values())
-    finished(out, data, *LONGER, "--lr", 1e-3, "--resume")
-    assert len(log(out)) == 40
+    assert state["backbone"] == {"name": str(shipped), "digest": load_backbone(shipped).digest()}
+    table = json.loads((out / "table.json").read_text())
+    assert list(table) == ["frozen", "memory reset", "memory shuffled", "MetaState"]
+    assert all(len(right) == 3 for row in table.values() for right in row.values())
+    assert "sample.py --init" in capsys.readouterr().out   # what to try next
+
+    state["backbone"]["digest"] = "another"
+    torch.save(state, out / "memory.pt")
+    with pytest.raises(InputError, match="another backbone"):
+        start("--resume", "--out", out)
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, data):
-    out = tmp_path / "run"
-    finished(out, data)
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert "--resume" in refused(out, data)
-    assert "K = 3, not 4" in refused(out, data, "--resume", "--K", 4)
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+@pytest.mark.parametrize("name, chat, prompt", [
+    ("small", True, "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+                    "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("My-Base-model", False, "Q\n\n")])
+def test_a_base_model_is_trained_on_plain_text(name, chat, prompt, tmp_path, monkeypatch):
+    seen = []
+    save_llada(tmp_path / name)
+    (tmp_path / "data.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
+    monkeypatch.setattr(train, "train_memory", lambda run, backbone, path: seen.append(run))
+    start("--init", tmp_path / name, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
+          "--device", "cpu")
+    tokenizer = train.load_tokenizer(tmp_path / name)
+    [example] = seen[0].examples
+    assert tokenizer.decode(example.prompt.tolist()) == prompt
+    assert tokenizer.decode(example.answer.tolist()) == "A<|endoftext|>"
 
 
-@pytest.mark.parametrize("kept", ["backbone.pt", "memory.pt", "memoryless.pt", "backbone/x"])
-def test_any_part_of_a_run_keeps_it_from_being_overwritten(tmp_path, data, kept):
-    path = tmp_path / "run" / kept
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"something")
-    assert "--resume" in refused(tmp_path / "run", data)
-    assert path.read_bytes() == b"something"
+# -------------------------------------------------------------------------------------- the loss
 
 
-def test_a_run_without_its_backbones_checkpoint_is_not_begun_anew(tmp_path, data):
-    """assets/tiny for example: its backbone would be overwritten before its memory is refused."""
-    for name in ("memory.pt", "backbone/model.safetensors"):
-        path = tmp_path / "run" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"something")
-    assert "no backbone.pt" in refused(tmp_path / "run", data, "--resume")
-    assert path.read_bytes() == b"something"
+def test_the_losses_get_what_the_options_say(backbone, memory, monkeypatch):
+    seen = []
+
+    def spy(*_, **more):
+        seen.append(more)
+        return torch.zeros(())
+
+    monkeypatch.setattr(train, "diffusion_loss", spy)
+    monkeypatch.setattr(train, "unroll", spy)
+    train.backbone_loss(backbone, {"ids": 1})
+    args = argparse.Namespace(lam=0.3, carry="reset")
+    train.memory_loss(backbone, args)(memory, {"ids": 2})
+    assert seen == [{"ids": 1, "visible_share": 0.1}, {"ids": 2, "lam": 0.3, "carry": "reset"}]
 
 
-def test_nothing_cannot_be_resumed(tmp_path, data):
-    assert "no backbone.pt to go on with" in refused(tmp_path / "run", data, "--resume")
-    assert not (tmp_path / "run").exists()
+def test_the_seed_draws_a_new_memory(backbone, monkeypatch):
+    monkeypatch.setattr(train, "fit_memory", lambda *_: None)
 
+    def drawn(seed):
+        run = train.Run(argparse.Namespace(seed=seed), None, [], 0, None, torch.device("cpu"))
+        return train.train_memory(run, backbone, None).initial_slots
 
-def test_a_log_that_was_deleted_does_not_end_a_resumed_run(tmp_path, data):
-    finished(tmp_path / "run", data)
-    (tmp_path / "run" / "memory.log.jsonl").unlink()
-    finished(tmp_path / "run", data, "--resume")
-
-
-def test_one_run_at_a_time_in_a_folder_and_the_lock_dies_with_it(tmp_path, data):
-    out = tmp_path / "run"
-    first = Program(*arguments(out, data, "--iters", 100_000), folder=tmp_path)
-    first.wait_until(lambda: has_checkpoint(out))
-    assert "another run is at work" in refused(out, data, "--iters", 100_000, "--resume")
-    assert len(log(out)) == len({line["step"] for line in log(out)})
-    first.send(signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    second = Program(*arguments(out, data, "--iters", 100_000, "--resume"), folder=tmp_path)
-    before = log_size(out)
-    second.wait_until(lambda: log_size(out) != before)
-    second.send(signal.SIGINT)
-    assert second.wait() == 130
+    assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
 
 
 # ------------------------------------------------------------------------------- the optimiser
 
 
-def test_learning_rate_warms_up_then_falls_to_its_final_share():
-    """2 * warm-up * (final + (1 - final) * (1 + cos(pi * step / 1000)) / 2)"""
-    found = [train.learning_rate(step, 1000, 2.0, final=0.0) for step in (0, 49, 99, 500, 999)]
-    assert found == pytest.approx([0.02, 0.9940875, 1.9520226, 1.0, 4.9348e-6], rel=1e-5)
-    found = [train.learning_rate(step, 1000, 2.0, final=0.1) for step in (0, 500, 999)]
-    assert found == pytest.approx([0.02, 1.1, 0.2], rel=1e-4)
+def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
+    found = [train.learning_rate(i, 1000, 2.0) for i in (0, 49, 99, 500, 600, 800, 999)]
+    assert found == pytest.approx([0.02, 1.0, 2.0, 2.0, 2.0, 1.0, 0.005], rel=1e-5)
 
 
-@dataclass
-class ToyConfig:
-    n: int = 2
+BY_MUON = {
+    Backbone: "layers.0.q layers.0.k layers.0.v layers.0.out layers.0.gate layers.0.up "
+              "layers.0.down",
+    MetaState: "injector.q injector.k injector.v injector.out mixer.q mixer.k mixer.v mixer.out "
+               "updater.from_read updater.from_slots"}
+
+MUON = dict(momentum=0.95, weight_decay=0.01, nesterov=True, ns_steps=5,
+            adjust_lr_fn="match_rms_adamw")
 
 
-class Toy(torch.nn.Module):
+@pytest.mark.parametrize("kind", BY_MUON)
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest(kind, memory):
+    model = Backbone(TINY) if kind is Backbone else memory
+    names = {p: name for name, p in model.named_parameters()}
+    muon, adamw = ([names[p] for p in optimizer.param_groups[0]["params"]]
+                   for optimizer in train.optimizers(model))
+    assert sorted(muon) == sorted(f"{name}.weight" for name in BY_MUON[kind].split())
+    assert sorted(muon + adamw) == sorted(names.values())
+    options = train.optimizers(model)[0].param_groups[0]
+    assert {key: options[key] for key in MUON} == MUON
+
+
+class Toy(nn.Module):
+    """A matrix for Muon and a vector for AdamW; the gradients are those of the batch."""
+
     def __init__(self):
         super().__init__()
-        self.config = ToyConfig()
-        self.w = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+        self.config = TINY
+        self.matrix = nn.Parameter(torch.eye(3, 2))
+        self.vector = nn.Parameter(torch.tensor([3.0, -4.0]))
 
 
-GRADIENTS = [(30.0, 40.0), (-0.3, 0.1), (0.2, -0.5), (2.0, 2.0)]
+MATRICES = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)).numpy()
+VECTORS = np.array([(30.0, 40.0), (-0.3, 0.1), (0.2, -0.5), (2.0, 2.0)], np.float32)
 
 
-class ToyBatches:
-    batch = 8
-
-    def __call__(self, step, part, device):
-        return {"gradient": torch.tensor(GRADIENTS[step]), "rows": part.stop - part.start}
-
-
-def fit_toy(path, loss, processes=Processes(0, 1), accumulate=1):
-    toy = Toy()
-    args = argparse.Namespace(resume=False, accumulate=accumulate, save_every=100)
-    run = train.Run(args, path.parent, [], 0, processes, torch.device("cpu"))
-    train.fit(run, toy, loss, ToyBatches(), path, iters=len(GRADIENTS), lr=0.5)
-    return toy
+def toy_batch(iteration):
+    return {"ids": np.zeros(8), "iteration": iteration}
 
 
 def toy_loss(model, batch):
-    loss = (model.w * batch["gradient"]).sum()
+    matrix = torch.from_numpy(MATRICES[batch["iteration"]])
+    vector = torch.from_numpy(VECTORS[batch["iteration"]])
+    loss = (model.matrix * matrix).sum() + (model.vector * vector).sum()
     return loss, loss.detach()[None]
 
 
-def test_a_step_is_clipped_adam_with_decay_and_schedule(tmp_path):
-    """Written out with numbers of its own, for four steps whose gradients are known."""
+def fit_toy(path, loss=toy_loss):
+    toy = Toy()
+    args = argparse.Namespace(resume=False, accumulate=1)
+    run = train.Run(args, path.parent, [], 0, Processes(0, 1), torch.device("cpu"))
+    train.fit(run, toy, loss, toy_batch, path, iters=4, lr=0.5)
+    return toy
+
+
+def test_an_iteration_is_clipped_decayed_and_scheduled(tmp_path):
+    """Written out for four iterations whose gradients are known; Muon itself is torch's."""
     w, m, v = np.array([3.0, -4.0]), np.zeros(2), np.zeros(2)
+    matrix = nn.Parameter(torch.eye(3, 2))
     norms = []
-    for step, g in enumerate(map(np.array, GRADIENTS), 1):
-        norms.append(math.hypot(*g))
-        g = g / max(1, norms[-1])                      # the norm is clipped at 1
-        rate = 0.5 * step / 100 * 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
+    for n in range(1, 5):
+        norms.append(math.sqrt((MATRICES[n - 1] ** 2).sum() + (VECTORS[n - 1] ** 2).sum()))
+        scale = 1 / max(1, norms[-1])                  # the norm of both together is clipped at 1
+        rate = 0.5 * n / 100 * min(1, (1 - (n - 1) / 4) / 0.4)
+        g = VECTORS[n - 1] * scale
         m = 0.9 * m + 0.1 * g
         v = 0.99 * v + 0.01 * g ** 2
         w = w * (1 - rate * 0.01)                      # weight decay
-        w = w - rate * m / (1 - 0.9 ** step) / (np.sqrt(v / (1 - 0.99 ** step)) + 1e-8)
-    toy = fit_toy(tmp_path / "toy.pt", toy_loss)
-    assert toy.w.tolist() == pytest.approx(w.tolist(), rel=1e-5)
+        w = w - rate * m / (1 - 0.9 ** n) / (np.sqrt(v / (1 - 0.99 ** n)) + 1e-8)
+        if n == 1:
+            muon = torch.optim.Muon([matrix], lr=rate, **MUON)
+        muon.param_groups[0]["lr"] = rate
+        matrix.grad = torch.from_numpy(MATRICES[n - 1] * scale)
+        muon.step()
+    toy = fit_toy(tmp_path / "toy.pt")
+    assert toy.vector.tolist() == pytest.approx(w.tolist(), rel=1e-5)
+    assert torch.allclose(toy.matrix, matrix, rtol=0, atol=2e-5)       # bf16 within
     # The log tells the norm before it was clipped: a spike must be seen.
     assert [line["norm"] for line in log(tmp_path, "toy")] == pytest.approx(norms, rel=1e-4)
 
 
-def test_gradients_are_exchanged_once_after_the_last_pass(tmp_path, monkeypatch):
-    """In an earlier pass a part of them would be counted again, or not at all."""
-    events = []
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_that_is_not_finite_stops_before_any_update(where, factor, tmp_path, monkeypatch):
+    """Nothing of it is saved either: the checkpoint is that of the iteration before."""
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)     # one after each iteration
+    models = []
 
     def loss(model, batch):
-        events.append("pass")
-        assert batch["rows"] == 1                      # 8 rows / (2 processes * 4 passes)
-        return toy_loss(model, batch)
+        value, parts = toy_loss(model, batch)
+        models.append(model)
+        if len(models) == 3 and where == "loss":
+            value = value + factor
+        elif len(models) == 3:
+            value.register_hook(lambda gradient: gradient * factor)
+        return value, parts
 
-    def all_reduce(tensor):
-        if tensor.shape == (2,) and tensor.dtype == torch.float32:
-            events.append("exchange")
-        tensor *= 2                                    # the other process has the same
-
-    monkeypatch.setattr(train.dist, "all_reduce", all_reduce)
-    toy = fit_toy(tmp_path / "toy.pt", loss, Processes(0, 2), accumulate=4)
-    # losses and gradient have two numbers each
-    assert events == (["pass"] * 4 + ["exchange"] * 2) * len(GRADIENTS)
-    alone = fit_toy(tmp_path / "alone.pt", toy_loss)
-    assert toy.w.tolist() == pytest.approx(alone.w.tolist(), rel=1e-6)
-
-
-def test_the_memoryless_control_is_trained_without_memory(tmp_path, data, monkeypatch):
-    found = []
-    unroll = train.unroll
-
-    def spy(backbone, memory, **more):
-        found.append((more["carry"], more["lam"]))
-        return unroll(backbone, memory, **more)
-
-    monkeypatch.setattr(train, "unroll", spy)
-    in_process(monkeypatch, *arguments(tmp_path / "run", data, "--lam", 0.25))
-    assert found == [("keep", 0.25)] * 8 + [("reset", 0.25)] * 8
-    found.clear()
-    in_process(monkeypatch, *arguments(tmp_path / "again", data, "--carry", "reset"))
-    assert found == [("reset", 0.5)] * 16
-
-
-def test_the_whole_of_a_tiny_run_is_there_and_its_tables(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr(eval_gsm8k, "QUOTA_STEPS", (4,))
-    monkeypatch.setattr(eval_gsm8k, "BLOCK_LENGTHS", (10,))
-    monkeypatch.setattr(eval_gsm8k, "THRESHOLDS", (0.0,))
-    monkeypatch.setattr(train, "dial_problems", lambda split, n: dial_problems(split, min(n, 9)))
-    in_process(monkeypatch, *arguments(tmp_path / "run", data, "--problems", 9))
-    found = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")}
-    assert found == {"backbone", "backbone/config.json", "backbone/model.safetensors",
-                     "backbone/tokenizer.json", "lock", "tables.md", "tables.json",
-                     *(f"{name}{end}" for name in NAMES for end in (".pt", ".log.jsonl"))}
-    tables = json.loads((tmp_path / "run" / "tables.json").read_text())
-    assert list(tables["thinking"]) == ["frozen", "memory reset", "memory shuffled",
-                                        "memoryless-trained", "MetaState"]
-    assert all(len(tables["thinking"][name]["20"]["whole"]) == 9 for name in tables["thinking"])
-    assert "sample.py --init" in capsys.readouterr().out   # what to try next
+    with pytest.raises(InputError, match="at iteration 2 the loss became .*--resume.* --lr"):
+        fit_toy(tmp_path / "toy.pt", loss)
+    state = load_checkpoint(tmp_path / "toy.pt")
+    assert state["iteration"] == 2 == len(log(tmp_path, "toy")) and len(state["optimizers"]) == 2
+    for name, p in models[-1].named_parameters():
+        assert p.isfinite().all() and torch.equal(p, state["model"][name])
 
 
 # ---------------------------------------------------------------------------------------- data
 
 
-def batches(examples, batch, **more):
-    settings = dict(seed=0, K=4, alpha=1.0, confident=0.3, think=3) | more
-    answer_length = settings.pop("answer_length", 0)
-    args = argparse.Namespace(**settings)
-    run = train.Run(args, None, examples, answer_length, Processes(0, 1), torch.device("cpu"))
-    return train.Batches(run, batch, TINY.pad_id)
+def random_examples(n=50):
+    rng = np.random.default_rng(0)
+    return [TokenIds(rng.integers(300, size=rng.integers(2, 9)), rng.integers(300, size=n_answer))
+            for n_answer in rng.integers(2, 9, n)]
 
 
-def examples(n=50, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def some():
-        return rng.integers(300, size=rng.integers(2, 9))
-
-    return [TokenIds(some(), some()) for _ in range(n)]
+def batches(examples=None, batch=8, answer_length=0, seed=0, draw=None, **more):
+    args = argparse.Namespace(**{**dict(K=4, alpha=1.0, confident=0.3, think=64), **more})
+    return train.Batches(examples or random_examples(), batch, answer_length, TINY.pad_id, seed,
+                         draw or train.memory_draws(args))
 
 
-def test_batches_mask_the_answer_and_its_padding_only():
-    data = examples()
-    for step in range(20):
-        b = batches(data, 8)(step, slice(None), "cpu")
+def test_batches_mask_the_answer_and_its_padding_and_reveal_all_of_it():
+    data = random_examples()
+    texts = {(*e.prompt.tolist(), -1, *e.answer.tolist()) for e in data}
+    make = batches(data)
+    for iteration in range(20):
+        b = make(iteration)
         assert (b["counts"].sum(1) == b["maskable"].sum(1)).all()      # K steps reveal everything
-        for ids, maskable in zip(b["ids"], b["maskable"]):
-            n = int((~maskable).sum())
-            assert maskable[n:].all()
-            assert any(ids[:n].tolist() == p.tolist() and ids[n:n + len(a)].tolist() == a.tolist()
-                       and (ids[n + len(a):] == TINY.pad_id).all() for p, a in data)
+        for ids, maskable in zip(b["ids"].tolist(), b["maskable"].tolist()):
+            n = maskable.index(True)
+            assert all(maskable[n:])
+            answers = [ids[n:end] for end in range(n + 1, len(ids) + 1)
+                       if set(ids[end:]) <= {TINY.pad_id}]
+            assert any((*ids[:n], -1, *answer) in texts for answer in answers)
 
 
-def test_answers_are_padded_to_a_length_where_one_is_given():
-    b = batches([TokenIds(np.arange(3), np.arange(2))] * 4, 4, answer_length=20)
-    assert b(0, slice(None), "cpu")["maskable"].sum(1).tolist() == [20] * 4
-
-
-def test_times_cover_a_batch_evenly_and_shares_follow_the_options():
-    make = batches(examples(), 8, confident=1.0, think=0)
-    b = make(5, slice(None), "cpu")
-    assert (b["t"] * 8).long().tolist() == list(range(8))
-    assert b["by_confidence"].all() and b["think"] == 0
-    assert not batches(examples(), 8, confident=0.0)(5, slice(None), "cpu")["by_confidence"].any()
-
-
-def test_half_of_the_batches_think_for_any_number_of_passes():
-    make = batches(examples(), 2, think=3)
-    found = [make(step, slice(1), "cpu")["think"] for step in range(400)]
-    counts = np.bincount(found) / 400                  # half of them 0, the rest 0 .. 3 alike
-    assert counts == pytest.approx([0.625, 0.125, 0.125, 0.125], abs=0.06)
-
-
-def test_an_epoch_visits_every_example_once_and_pads_little():
+def test_an_epoch_visits_every_example_once_and_pads_little_and_the_next_in_another_order():
     data = [TokenIds(np.arange(1), np.full(i + 1, i)) for i in range(64)]
-    make = batches(data, 4)
-    seen = [row[1].item() for step in range(16) for row in make(step, slice(None), "cpu")["ids"]]
-    assert sorted(seen) == list(range(64)) and seen != sorted(seen)
+    make = batches(data, batch=4)
+    assert make.per_epoch == 16
+    epochs = [[row[1] for i in range(16 * epoch, 16 * epoch + 16) for row in make(i)["ids"]]
+              for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) != epochs[0]
     assert max(np.ptp(make.lengths[rows]) for rows in make.epoch(0)) <= 4
 
 
-def test_parts_of_a_batch_are_the_batch():
-    make = batches(examples(), 8)
-    whole = make(3, slice(None), "cpu")
-    parts = [make(3, slice(i, i + 2), "cpu") for i in (0, 2, 4, 6)]
-    for key, value in whole.items():
-        if key == "think":                             # one number for the whole batch
-            assert all(part[key] == value for part in parts)
-        else:
-            assert torch.equal(value, torch.cat([part[key] for part in parts]))
+def test_rows_have_draws_of_their_own_and_follow_from_seed_and_iteration():
+    for draw in (None, train.backbone_draws):
+        b = batches(draw=draw)(3)
+        rows = np.unique(b["noise"], axis=0)
+        assert len(rows) == 8 and len(np.unique(rows)) == rows.size
+        for key, value in batches(draw=draw)(3).items():   # as in another process, or resumed
+            assert np.array_equal(value, b[key])
+        for other in (batches(draw=draw)(3 + 6), batches(draw=draw, seed=1)(3)):
+            assert not np.isin(other["noise"], b["noise"]).any()
+            assert not np.array_equal(other["ids"], b["ids"])
+    assert len(np.unique(batches()(3)["counts"] / batches()(3)["maskable"].sum(1)[:, None],
+                         axis=0)) == 8                 # so do the shares of the steps
 
 
-def test_seed_and_step_change_the_batch():
-    make = batches(examples(), 8)
-    a, b = make(0, slice(None), "cpu"), make(50, slice(None), "cpu")
-    c = batches(examples(), 8, seed=1)(0, slice(None), "cpu")
-    assert not torch.equal(a["t"], b["t"]) and not torch.equal(a["t"], c["t"])
+def test_times_cover_a_batch_evenly_and_shares_follow_the_options():
+    t = np.array([batches(draw=train.backbone_draws)(i)["t"] for i in range(50)]) * 8
+    assert (t.astype(int) == np.arange(8)).all()
+    assert np.mean(t % 1) == pytest.approx(0.5, abs=0.05)
+    long = [TokenIds(np.arange(2), np.arange(10))] * 8
+    alike = batches(long, answer_length=100, alpha=1e9, confident=1.0)(0)
+    uneven = batches(long, answer_length=100, alpha=0.01, confident=0.0)(0)
+    assert (alike["counts"].sum(1) == 100).all()       # answers are padded to a length
+    assert np.abs(alike["counts"] - 25).max() < 20 and alike["by_confidence"].all()
+    assert uneven["counts"].max(1).mean() > 90 and not uneven["by_confidence"].any()
 
 
-def token_texts(item, max_length=100):
-    [found] = train.tokenise([train.read_text(item)], TOKENIZER, TINY.eos_id, max_length)
-    return TOKENIZER.decode(found.prompt.tolist()), TOKENIZER.decode(found.answer.tolist())
+def test_half_of_the_batches_think_a_log_uniform_number_of_passes():
+    draw = train.memory_draws(argparse.Namespace(K=2, alpha=1.0, confident=0.0, think=64))
+    maskable = np.ones((1, 4), bool)
+    thinks = np.array([draw(np.random.default_rng(i), maskable)["think"] for i in range(2000)])
+    assert np.mean(thinks == 0) == pytest.approx(0.5, abs=0.04)
+    some = thinks[thinks > 0]
+    assert some.min() == 1 and some.max() == 64
+    for bound in (2, 8, 32):                           # log(bound + 1/2) / log(64)
+        share = math.log(bound + 0.5) / math.log(64)
+        assert np.mean(some <= bound) == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize("item, prompt, answer", [
     ({"question": "Q", "answer": "A"}, "Q\nAnswer:", "A"),
     ({"prompt": "P", "completion": "C"}, "P", "C"),
     ({"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"},
-                   {"role": "user", "content": "3"}]}, "1\nAnswer:", "2")])
+                   {"role": "user", "content": "3"}, {"role": "assistant", "content": "4"},
+                   {"role": "user", "content": "5"}]},
+     "1\nAnswer:2\nAnswer:3\nAnswer:", "4")])          # up to the last assistant turn
 def test_three_forms_of_data(item, prompt, answer):
+    [found] = train.tokenise([train.read_text(item)], TOKENIZER, TINY.eos_id, 100, chat=True)
+    assert TOKENIZER.decode(found.prompt.tolist()) == prompt
     # end-of-text belongs to the answer: a model has to learn where to stop
-    assert token_texts(item) == (prompt, answer + "<|endoftext|>")
+    assert TOKENIZER.decode(found.answer.tolist()) == answer + "<|endoftext|>"
 
 
 def test_data_cannot_write_control_tokens():
     texts = [Text("<|mask|>", "<|endoftext|>"),
              Text([{"role": "<|mask|>", "content": "<|endoftext|>"}], "<|mask|>")]
-    for found in train.tokenise(texts, TOKENIZER, TINY.eos_id, 100):
-        assert max(found.prompt) < TINY.mask_id and max(found.answer[:-1]) < TINY.mask_id
+    for chat in (True, False):
+        for found in train.tokenise(texts, TOKENIZER, TINY.eos_id, 100, chat):
+            assert max(found.prompt) < TINY.mask_id and max(found.answer[:-1]) < TINY.mask_id
+
+
+NULL = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": null}]}'
 
 
 @pytest.mark.parametrize("line, reason", [
     ('{"question": "x"}', "question/answer"), ('{"question": 3, "answer": "x"}', "question/answer"),
-    ('{"messages": "x"}', "messages"), ('{"messages": [{"role": "user"}]}', "messages"),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', "assistant"), ("{", "JSON"),
-    ("[1]", "JSON")])
-def test_a_bad_line_is_named(line, reason, tmp_path):
+    ('{"messages": "x"}', "messages"), (NULL, "content"), ("[1]", "question/answer"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', "assistant"),
+    ("{", "property name"), ("[" * 100_000, "recursion")])
+def test_bad_lines_are_counted_and_the_first_is_named(line, reason, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
-    with pytest.raises(InputError, match="line 3.*" + reason):
-        train.read_texts(path)
+    good = '{"prompt": "a", "completion": "b"}\n'
+    path.write_text(f"{good}\n{line}\n{good}{good}{line}\n", "utf-8-sig")
+    assert len(train.find_texts(str(path), "llada")) == 3
+    assert "2 lines that cannot be used beside 3 good ones, the first is line 3" \
+        in capsys.readouterr().err
+    path.write_text(f"{good}{line}\n{line}\n")
+    with pytest.raises(InputError, match=f"2 lines .* beside 1 good .* line 2: .*{reason}"):
+        train.find_texts(str(path), "llada")
 
 
-def test_what_does_not_fit_is_dropped_with_a_count(capsys):
-    texts = [Text("a" * n, "b") for n in (3, 30, 8, 9)]
-    assert len(train.tokenise(texts, TOKENIZER, TINY.eos_id, 10)) == 2     # 8 + 1 + its end fit
-    assert "2 of 4" in capsys.readouterr().err
+def test_what_does_not_fit_is_dropped_with_a_count(tmp_path, capsys):
+    """So is what tiktoken gives up on, as a line of a million spaces."""
+    save_llada(tmp_path / "small")
+    tokenizer = train.load_tokenizer(tmp_path / "small")       # a token for each byte
+    texts = [Text(text, "b") for text in ("a" * 3, "a" * 30, "a" * 8, "a" * 9,
+                                          "a" + " " * 10**6 + "b")]
+    with at_most(60):
+        found = train.tokenise(texts, tokenizer, 257, 10, chat=True)
+    assert [len(example.prompt) for example in found] == [3, 8]        # 8 + 1 + its end fit
+    assert "3 of 5" in capsys.readouterr().err
     with pytest.raises(InputError, match="--max-length"):
-        train.tokenise(texts, TOKENIZER, TINY.eos_id, 2)
+        train.tokenise(texts, tokenizer, 257, 2, chat=True)
 
 
-def test_the_splits_of_the_built_in_problems_are_disjoint():
-    splits = [{p["question"] for p in dial_problems(split)} for split in ("test", "valid", "train")]
-    assert [len(s) for s in splits] == [1000, 1000, 10 * 8**4 - 2000]
-    assert not (splits[0] & splits[1] or splits[0] & splits[2] or splits[1] & splits[2])
-
-
-def test_every_word_of_the_problems_is_one_token():
-    [found] = train.tokenise([train.read_text(dial_problems("test", 1)[0])], TOKENIZER,
-                             TINY.eos_id, 64)
-    assert (len(found.prompt), len(found.answer)) == (21, 18 + 1)
-
-
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_gsm8k_by_name_is_its_file_in_the_cache(tmp_path, monkeypatch, processes):
+def test_gsm8k_by_name_is_its_file_in_the_cache(tmp_path, monkeypatch):
     folder = tmp_path / "metastate" / "gsm8k"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
     (folder / "test.jsonl").write_text('{"question": "not", "answer": "this"}\n')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = train.find_texts(argparse.Namespace(data="gsm8k", init="llada"))
-    assert found == [Text([{"role": "user", "content": "Q"}], "A")]
+    assert train.find_texts("gsm8k", "llada") == [Text([{"role": "user", "content": "Q"}], "A")]
 
 
 # ------------------------------------------------------------------------------------- Tulu-3
 
 
-class Hub:
-    """A server of rows that can misbehave: faults[offset] are its next answers for an offset."""
+class Hub(ThreadingHTTPServer):
+    """A server of rows; failing[offset] is what it says instead of them."""
 
     def __init__(self):
-        self.revision = "r1"
-        self.total = 40
-        self.faults = {}
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.revisions = []                            # of the next answers, the last for ever
+        self.failing = {}
         self.asked = []
-        self.tokens = set()
-        self.rows = {}                                 # rows that are not as they should be
-        hub = self
+        self.slept = []
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
 
-            def do_GET(self):
-                hub.answer(self)
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def answer(self, request):
-        query = {key: value[0] for key, value in parse_qs(urlsplit(request.path).query).items()}
-        assert query["dataset"] == "allenai/tulu-3-sft-mixture" and query["split"] == "train"
-        offset, length = int(query["offset"]), int(query["length"])
-        self.tokens.add(request.headers.get("Authorization"))
+    def do_GET(self):
+        hub = self.server
+        query = parse_qs(urlsplit(self.path).query)
+        assert query["dataset"] == ["allenai/tulu-3-sft-mixture"] and query["split"] == ["train"]
+        offset, length = int(query["offset"][0]), int(query["length"][0])
+        failure = None
         if length > 1:                                 # the first call asks for the total only
-            self.asked.append(offset)
-        faults = self.faults.get(offset, []) if length > 1 else self.faults.get("first", [])
-        fault = faults.pop(0) if faults else None
-        rows = [{"row_idx": i, "row": self.rows.get(i, conversation(i)), "truncated_cells": []}
+            hub.asked.append(offset)
+            failure = hub.failing.get(offset)
+        rows = [{"row": {"messages": [{"role": "user", "content": f"question {i}"},
+                                      {"role": "assistant", "content": "answer"}]}}
                 for i in range(offset, offset + length)]
-        body = json.dumps({"rows": rows, "num_rows_total": self.total}).encode()
-        status = fault if isinstance(fault, int) else 200
-        if isinstance(fault, bytes):
-            body = fault
-        request.send_response(status)
-        request.send_header("X-Revision", "changed" if fault == "revision" else self.revision)
-        if status == 429:
-            request.send_header("Retry-After", "17")
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body[:len(body) // 2] if fault == "half" else body)
-
-
-def conversation(i):
-    return {"id": str(i), "messages": [{"role": "user", "content": f"question {i}"},
-                                       {"role": "assistant", "content": f"answer {i}"}]}
+        self.send_response(500 if failure else 200)
+        self.send_header("X-Revision", hub.revisions[0] if hub.revisions else "first")
+        self.end_headers()
+        hub.revisions = hub.revisions[1:] or hub.revisions
+        self.wfile.write(failure or json.dumps({"rows": rows, "num_rows_total": 41}).encode())
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     hub = Hub()
-    hub.slept = []
-    monkeypatch.setenv("HF_DATASETS_SERVER", hub.url)
+    hub.folder = tmp_path / "metastate" / "tulu-3"
+    monkeypatch.setenv("HF_DATASETS_SERVER", f"http://127.0.0.1:{hub.server_port}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(train, "TULU_ROWS", 10)
+    monkeypatch.setattr(train, "TULU_ROWS", 12)
     monkeypatch.setattr(train, "WINDOW", 4)
     monkeypatch.setattr(train, "PAUSE", 0.5)
     monkeypatch.setattr(time, "sleep", hub.slept.append)
-    yield hub
-    hub.server.shutdown()
-    hub.server.server_close()
+    with at_most(LIMIT):
+        yield hub
+    hub.shutdown()
+    hub.server_close()
 
 
-ORDER = (np.random.default_rng(0).permutation(10) * 4).tolist()
+ORDER = (np.random.default_rng(0).permutation(10) * 4)[:3].tolist()
+ROWS = [offset + i for offset in ORDER for i in range(4)]
 
 
-def numbers(path):
-    return [int(text.prompt[0]["content"].split()[1]) for text in train.read_texts(path)]
+def fetched_numbers():
+    return [int(text.prompt[0]["content"].split()[1]) for text in train.find_texts(None, "llada")]
 
 
-def rows_of(*offsets):
-    return [i for offset in offsets for i in range(offset, offset + 4)]
+def test_tulu_is_fetched_once_in_random_windows(hub):
+    assert fetched_numbers() == ROWS
+    assert hub.asked == ORDER and hub.slept == [0.5] * 3               # gently
+    assert json.loads((hub.folder / "about.json").read_text())["revision"] == "first"
+    assert fetched_numbers() == ROWS and hub.asked == ORDER            # not asked again
 
 
-def test_tulu_is_fetched_once_in_random_windows(hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
-    path = train.tulu_file()
-    assert numbers(path) == rows_of(*ORDER[:3])[:10]
-    assert hub.asked == ORDER[:3] and hub.slept == [0.5] * 3           # gently
-    about = json.loads(path.with_name("about.json").read_text())
-    assert about == {"dataset": "allenai/tulu-3-sft-mixture", "revision": "r1", "seed": 0,
-                     "window": 4, "offsets": ORDER[:3]}
-    assert hub.tokens == {"Bearer secret"}
-    assert {found.name for found in path.parent.iterdir()} <= {"conversations.jsonl", "about.json",
-                                                               "lock"}
-    assert train.tulu_file() == path and hub.asked == ORDER[:3]        # not asked again
-
-
-def test_tulu_waits_and_asks_again_after_what_may_pass(hub):
-    hub.faults = {"first": [500], ORDER[0]: [429, 500, "half", b"{not JSON"], ORDER[1]: [502]}
-    assert numbers(train.tulu_file()) == rows_of(*ORDER[:3])[:10]
-    assert hub.asked == [ORDER[0]] * 5 + [ORDER[1]] * 2 + [ORDER[2]]
-    assert 17 in hub.slept                                             # Retry-After is honoured
-
-
-def test_an_interrupted_fetch_asks_only_for_what_is_missing(hub):
-    hub.faults = {ORDER[2]: [404]}
-    with pytest.raises(InputError, match="404"):
-        train.tulu_file()
-    hub.asked.clear()
-    assert numbers(train.tulu_file()) == rows_of(*ORDER[:3])[:10]
-    assert hub.asked == [ORDER[2]]
-
-
-def test_a_server_that_stays_broken_is_given_up(hub):
-    hub.faults = {ORDER[0]: [500] * 99}
-    with pytest.raises(InputError, match="500.*run again to go on"):
-        train.tulu_file()
-    assert len(hub.asked) == 5
+@pytest.mark.parametrize("lost, asked", [(0, ORDER[2:]), (300, ORDER[1:]), (1, ORDER[1:])])
+def test_a_server_that_fails_is_quoted_and_the_fetch_goes_on_after_the_last_whole_window(
+        hub, lost, asked):
+    """lost: bytes of the second window that never came to the disk."""
+    hub.failing = {ORDER[2]: b"the server is tired"}
+    with pytest.raises(InputError, match="500.*tired.*--data.*run again"):
+        fetched_numbers()
+    part = hub.folder / "conversations.part"
+    part.write_bytes(part.read_bytes()[:part.stat().st_size - lost])
+    hub.failing, hub.asked = {}, []
+    assert fetched_numbers() == ROWS and hub.asked == asked
 
 
 def test_rows_of_two_revisions_are_never_mixed(hub):
-    hub.faults = {ORDER[1]: ["revision"]}
-    with pytest.raises(InputError, match="was changed"):
-        train.tulu_file()
-    hub.revision, hub.asked = "changed", []
-    path = train.tulu_file()
-    assert hub.asked == ORDER[:3]
-    assert json.loads(path.with_name("about.json").read_text())["revision"] == "changed"
-
-
-def test_rows_that_are_no_conversations_are_left_out(hub):
-    a = ORDER[0]
-    hub.rows = {a: {"id": "no messages"}, a + 1: None, a + 2: {"messages": "text"},
-                a + 3: {"messages": [{"role": "assistant", "content": "alone"}]},
-                ORDER[1]: {"question": "q", "answer": "not a conversation"}}
-    assert numbers(train.tulu_file()) == (rows_of(ORDER[1])[1:] + rows_of(*ORDER[2:4]))[:10]
-
-
-@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b'{"rows": 3}', b'{"rows": [{}]}',
-                                  b'{"num_rows_total": "many", "rows": []}'])
-@pytest.mark.parametrize("where", ["first", ORDER[0]])
-def test_another_form_of_answer_is_one_sentence(hub, body, where):
-    hub.faults = {where: [body] * 9}
-    with pytest.raises(InputError) as error:
-        train.tulu_file()
-    assert "\n" not in str(error.value)
-
-
-def test_too_small_a_data_set_is_told(hub):
-    hub.total = 8
-    with pytest.raises(InputError, match="8 conversations where 10"):
-        train.tulu_file()
-
-
-def test_who_comes_second_waits_and_asks_for_nothing(hub):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(train.tulu_file()))
-               for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-    assert len(results) == 3 and hub.asked == ORDER[:3]
-
-
-def test_a_bad_line_of_a_file_is_named_by_read_jsonl(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')           # a BOM, Windows' line ends
-    assert read_jsonl(path) == [(1, {"a": 1}), (3, {"a": 2})]
+    hub.revisions = ["first"] * 2 + ["second"]
+    with pytest.raises(InputError, match="changed"):
+        fetched_numbers()
+    hub.asked = []
+    assert fetched_numbers() == ROWS and hub.asked == ORDER
+    assert json.loads((hub.folder / "about.json").read_text())["revision"] == "second"
