@@ -89,47 +89,54 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     there. ids, maskable, noise (B, T); counts (B, K): n_k, in sum the row's maskable positions;
     by_confidence (B,) bool: rows that reveal where the model is surest (ours), not at random;
     carry: see CARRY. think (ours): passes over the unwritten answer before step 1, whose slots the
-    unroll begins with, so that a memory learns to keep what it knows for longer than K steps. With
-    reset nothing would come of them.
-    Returns the mean of L over rows, and that of dense_k for each k, (K,).
+    unroll begins with, so that a memory learns to keep what it knows for longer than K steps; under
+    reset, which forgets them, none.
+    Returns the mean of L over rows, and that of dense_k for each k, (K,): 0 for a row with nothing
+    left to reveal.
     """
     mask_id = backbone.config.mask_id
+    # without an attention mask: all padding is end-of-text, which is to be learned
     context = backbone.context(ids)
     anchors = memory.anchors(maskable)
     slots = memory.initial(len(ids))                                   # (B, M, d)
+    n_total = maskable.sum(1)                                          # (B,)
 
-    def step(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """One step over a canvas with these positions (B, T) masked: h (B, T, D), new slots."""
+    def denoise(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """A step over the canvas with these positions (B, T) masked: h (B, T, D), new slots."""
         canvas = ids.masked_fill(masked, mask_id)                      # (B, T)
         t = masked_fraction(canvas, maskable, mask_id)                 # (B,)
         return memory.step(backbone, canvas, slots, t=t, anchors=anchors, context=context)
 
+    n_think = 0 if carry == "reset" else think
     with torch.no_grad():              # progressive training: no gradient through these passes
-        for _ in range(0 if carry == "reset" else think):
-            _, slots = step(maskable, slots)
+        for _ in range(n_think):
+            _, slots = denoise(maskable, slots)
+            slots = CARRY[carry](memory, slots)
 
     loss = 0.0
     dense_by_step = []
     masked = maskable                                                  # (B, T)
     for k in range(counts.shape[1]):
+        n_k = counts[:, k]                                             # (B,)
+
         # 1. denoise with the memory of the step before
-        h, slots = step(masked, slots)                                 # (B, T, D), (B, M, d)
+        h, slots = denoise(masked, slots)                              # (B, T, D), (B, M, d)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
-        ce, confidence = cross_entropy(backbone, backbone.pick(h, masked), ids[masked])    # (N,)
+        ce, log_p = cross_entropy(backbone, backbone.pick(h, masked), ids[masked])     # (N,) both
         ce = spread(ce, masked)                                        # (B, T)
-        confidence = spread(confidence, masked)                        # (B, T)
+        confidence = spread(log_p, masked)                             # (B, T)
 
         # 3. the n_k positions to reveal
         score = torch.where(by_confidence[:, None], confidence, noise)
-        revealed = best_positions(score, masked, counts[:, k])         # (B, T)
+        revealed = best_positions(score, masked, n_k)                  # (B, T)
 
         # 4. L_k
-        dense = ce.sum(1) / masked.sum(1).clamp(min=1)                 # (B,)
-        reveal = (ce * revealed).sum(1) / counts[:, k].clamp(min=1)    # (B,)
-        weight = counts[:, k] / maskable.sum(1)                        # (B,)
-        loss = loss + (weight * (lam * dense + (1 - lam) * reveal)).mean()
-        dense_by_step.append(dense.detach().mean())
+        dense_loss = ce.sum(1) / masked.sum(1).clamp(min=1)            # (B,)
+        reveal_loss = (ce * revealed).sum(1) / n_k.clamp(min=1)        # (B,)
+        w_k = n_k / n_total                                            # (B,)
+        loss = loss + (w_k * (lam * dense_loss + (1 - lam) * reveal_loss)).mean()
+        dense_by_step.append(dense_loss.detach().mean())
 
         # 5. reveal the ground truth; between steps the gradient has no way but the memory
         masked = masked & ~revealed
@@ -146,8 +153,8 @@ class Sampling:
     gen_length: int = 128              # tokens of the answer; 0: only the masks in the prompt
     steps: int = 128                   # passes that reveal, shared out evenly over the blocks
     block_length: int | None = None    # the answer is written block by block; None: all at once
-    cache: bool = False                # Fast-dLLM's dual cache: after the first pass of a block only
-                                       # the block is run, the rest is as it was then
+    cache: bool = False                # Fast-dLLM's dual cache: after the first pass of a block
+                                       # only the block is run, the rest is as it was then
     think: int = 0                     # passes before the first token, which change the memory only
     threshold: float | None = None     # instead of steps: reveal every token with at least this
                                        # confidence, in as many passes as that takes
@@ -203,12 +210,13 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
              carry: str = "keep", attention_mask: Tensor | None = None,
              answer_start: int | None = None, seeds: Sequence[int] | None = None,
              on_step: Callable[[Tensor, Report], None] | None = None, **settings) -> Tensor:
-    """Denoise gen_length masks after prompt_ids (B, P), and any mask in it; (B, P + gen_length).
+    """Fill the masks in prompt_ids (B, P), and gen_length more after it; (B, P + gen_length).
 
     settings: see Sampling. attention_mask (B, P): 0 at left padding. carry: see CARRY.
     answer_start: where the answer begins, if some of it stands in prompt_ids already. seeds (B,):
     of every row's own random stream, by default 0 .. B - 1. In float32 no row depends on the
-    others, on padding or on the batch. on_step(canvas, report) sees every pass.
+    others, on padding or on the batch, except under shuffle. on_step(canvas, report) sees every
+    pass.
     """
     sampling = Sampling(**settings)
     c = backbone.config
@@ -221,20 +229,23 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     if answer_start is not None:       # the memory's anchors and time are those of a whole answer
         maskable[:, answer_start:] = True
     trajectory = Trajectory(backbone, memory, sampling, maskable, attention_mask)
-    slots = memory.initial(len(trajectory.maskable)) if memory else None       # (B, M, d)
+    slots = trajectory.initial_slots()                                 # (B, M, d)
     generators = [torch.Generator(canvas.device).manual_seed(seed)
                   for seed in (range(B) if seeds is None else seeds)]
-    propose, _ = REMASKING[sampling.remasking]
+    propose, select = REMASKING[sampling.remasking]
+    if sampling.threshold is not None:
+        select = select_above_threshold
 
     block_length = sampling.gen_length // sampling.n_blocks
     for i in range(sampling.n_blocks):
         block = slice(P + i * block_length, P + (i + 1) * block_length)        # its columns
-        n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)                # (B,)
-        for step in count(-sampling.think if i == 0 else 0):       # below 0: think
+        n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)         # (B,) to fill in this block
+        first_step = -sampling.think if i == 0 else 0                  # below 0: only think
+        for step in count(first_step):
             eligible = canvas == c.mask_id                             # (B, T)
             eligible[:, block.stop:] = False
-            steps_are_over = step == sampling.steps_per_block and sampling.threshold is None
-            if steps_are_over or not eligible.any():
+            over = sampling.threshold is None and step == sampling.steps_per_block
+            if over or not eligible.any():
                 break
             state = SamplerState(eligible, n_begin, step, block, sampling, c, generators)
 
@@ -247,7 +258,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
             confidence = spread(confidence, eligible)                  # (B, T)
 
             # 3. which of them to reveal: none while the memory thinks
-            revealed = reveal(confidence, state)                       # (B, T)
+            revealed = reveal(confidence, state, select)               # (B, T)
 
             # 4. reveal them; what is written stays
             canvas = torch.where(revealed, guess, canvas)
@@ -260,14 +271,15 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
 
 def check_fit(sampling: Sampling, c: Config, carry: str, prompt_ids: Tensor) -> None:
     """Raise InputError for settings that do not fit this model, batch or prompt."""
-    ensure(carry != "shuffle" or (len(prompt_ids) > 1 and sampling.cfg_scale == 0), "carry = shuffle "
-           "exchanges memories between the samples of a batch; give two or more, and no guidance")
+    can_shuffle = len(prompt_ids) > 1 and sampling.cfg_scale == 0
+    ensure(carry != "shuffle" or can_shuffle, "carry = shuffle exchanges memories between the "
+           "samples of a batch; give two or more, and no guidance")
     if sampling.cache:
-        ensure(not (prompt_ids == c.mask_id).any(), "cache runs the block alone, and the prompt has "
-               "masks to fill; give no cache")
-        counts_by_step = sampling.remasking in ("low_confidence", "random")
-        ensure(not c.shift or sampling.threshold is not None
-               or (sampling.steps_per_block > 1 and not counts_by_step), "under cache Dream's first "
+        ensure(not (prompt_ids == c.mask_id).any(), "cache runs the block alone, and the prompt "
+               "has masks to fill; give no cache")
+        by_quota = sampling.remasking in ("low_confidence", "random")
+        fills = sampling.steps_per_block > 1 and not by_quota
+        ensure(not c.shift or sampling.threshold is not None or fills, "under cache Dream's first "
                "pass of a block reveals its first token only; give threshold, or one of its own "
                "ways of remasking with two steps or more for a block")
 
@@ -305,8 +317,12 @@ class Trajectory:
         self.backbone = backbone
         self.memory = memory
         self.maskable = maskable                                       # (B, T)
+        # of ids a context knows the shape only, which maskable has, too
         self.context = backbone.context(maskable, attention_mask, cache=sampling.cache)
         self.anchors = memory.anchors(maskable, attention_mask) if memory else None
+
+    def initial_slots(self) -> Tensor | None:
+        return self.memory.initial(len(self.maskable)) if self.memory else None
 
     def denoise(self, canvas: Tensor, slots: Tensor | None, state: SamplerState
                 ) -> tuple[Tensor, Tensor | None]:
@@ -314,7 +330,8 @@ class Trajectory:
         sampling, c = state.sampling, state.config
         context, anchors, eligible = self.context, self.anchors, state.eligible
         if sampling.cfg_scale > 0:
-            without_prompt = torch.where(self.maskable[len(canvas):], canvas, c.mask_id)
+            is_answer = self.maskable[:len(canvas)]
+            without_prompt = torch.where(is_answer, canvas, c.mask_id)
             canvas = torch.cat((canvas, without_prompt))               # (B, T)
             eligible = eligible.repeat(2, 1)                           # (B, T)
         t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B,) of the whole canvas
@@ -330,13 +347,13 @@ class Trajectory:
         else:
             h, new_slots = self.memory.step(self.backbone, canvas, slots, t=t, anchors=anchors,
                                             context=context)
-            # A row that waits for others to finish their block must not think on meanwhile.
+            # A row that waits for others to finish their block must not be updated meanwhile.
             slots = torch.where(at_work, new_slots, slots)             # (B, M, d)
         logits = self.backbone.head(self.backbone.pick(h, eligible))   # (N, V)
 
         if sampling.cfg_scale > 0:
-            given, free = logits.chunk(2)
-            logits = free + (sampling.cfg_scale + 1) * (given - free)
+            given, unprompted = logits.chunk(2)
+            logits = unprompted + (sampling.cfg_scale + 1) * (given - unprompted)
         if sampling.logits_eos_inf:
             logits[:, c.eos_id] = float("-inf")
         return logits, slots
@@ -355,12 +372,12 @@ def propose_llada(logits: Tensor, state: SamplerState) -> tuple[Tensor, Tensor]:
         noise = state.gumbel(logits.shape[1], wide)                    # (N, V)
         allowed = allowed.to(wide) + sampling.temperature * noise
     tokens = allowed.argmax(-1)                                        # (N,)
-    p = logits.float()
+    scores = logits.float()
     if sampling.confidence_eos_eot_inf:
         ends = [i for i in (c.eos_id, c.eot_id) if i is not None and i < c.vocab_size]
-        p = p.clone()
-        p[:, ends] = float("-inf")
-    p = p.softmax(-1)                                                  # (N, V)
+        scores = scores.clone()
+        scores[:, ends] = float("-inf")
+    p = scores.softmax(-1)                                             # (N, V)
     return tokens, p.gather(1, tokens[:, None])[:, 0]
 
 
@@ -393,7 +410,7 @@ def filtered(logits: Tensor, sampling: Sampling, mask_id: int) -> Tensor:
         ordered, index = kept.sort(descending=True)
         beyond = ordered.softmax(-1).cumsum(-1) > sampling.top_p       # (N, V)
         beyond = F.pad(beyond, (1, -1))            # the first one beyond top_p stays
-        beyond = beyond.scatter(1, index, beyond)
+        beyond = torch.zeros_like(beyond).scatter(1, index, beyond)    # in the order of tokens
         kept = kept.masked_fill(beyond, lowest)
     if sampling.top_k is not None:
         k = min(sampling.top_k, kept.shape[1])
@@ -407,19 +424,15 @@ def filtered(logits: Tensor, sampling: Sampling, mask_id: int) -> Tensor:
 
 # To select what is revealed: from confidences (B, T), bool (B, T).
 
-def reveal(confidence: Tensor, state: SamplerState) -> Tensor:
+def reveal(confidence: Tensor, state: SamplerState, select: Callable) -> Tensor:
     """What this pass reveals: nothing while the memory thinks, else what the settings select."""
-    sampling = state.sampling
     if state.step < 0:
         return torch.zeros_like(state.eligible)
-    if sampling.cache and state.config.shift and state.step == 0:
+    if state.sampling.cache and state.config.shift and state.step == 0:
         # Fast-dLLM with Dream: what scores the first token of a block stands before it, and will
         # not be run again, so that this pass reveals that token and no other.
         column = torch.arange(state.eligible.shape[1], device=confidence.device)       # (T,)
         return state.eligible & (column == state.block.start)
-    if sampling.threshold is not None:
-        return select_above_threshold(confidence, state)
-    _, select = REMASKING[sampling.remasking]
     return select(confidence, state)
 
 

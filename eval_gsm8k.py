@@ -315,8 +315,8 @@ def thinking_table(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict
                               n_passes=max(THINKING_PASSES), gen_length=gen_length)
         cells[name] = [percent(right[n - 1]) for n in THINKING_PASSES]
         results[name] = {n: right[n - 1].tolist() for n in THINKING_PASSES}
-    title = f"Whole answers right (%), written at once after N passes; {len(problems)} problems, N ="
-    return table(title, list(map(str, THINKING_PASSES)), cells), results
+    title = f"Whole answers right (%), written at once after N passes, {len(problems)} problems"
+    return table(title, [f"N = {n}" for n in THINKING_PASSES], cells), results
 
 
 # --------------------------------------------------------------------------------- RESULT FILES
@@ -350,7 +350,7 @@ def compare(a: Path, b: Path) -> None:
     difference, low, high = paired_interval(right_before, right_after)
     print(f"A, {a}: {np.mean(right_before):.1%} of {len(both)} problems\n"
           f"B, {b}: {np.mean(right_after):.1%}\n"
-          f"B - A: {100 * difference:+.1f} points (95 %, paired, over problems: {100 * low:+.1f} to "
+          f"B - A: {100 * difference:+.1f} points (95 % of problems, paired: {100 * low:+.1f} to "
           f"{100 * high:+.1f})")
 
 

@@ -5,9 +5,9 @@ One denoising step, as the figure of the authors' project page has it:
 
   ids (B, T) -- embed --(+)-- run: all layers, frozen --+-- pick -- head -- logits
                          ^                              |
-     tokens ask slots    | Injector                     | Mixer    slots ask tokens
+      tokens ask slots   | Injector               Mixer | slots ask tokens
                          |                              v
-  s (B, M, d) -----------+-------------------------> Updater -----------> s' (B, M, d)
+  s (B, M, d) -----------+------------------------------+--> Updater --> s' (B, M, d)
 
 The Updater is a gated recurrent unit, s' = (1 - z) s + z n. All three see the time t through one
 conditioner, t -> t_cond. In training, K steps:
@@ -32,7 +32,8 @@ papers, see the README; ours: chosen here):
   t_cond (B, 1, .)  what the conditioner makes of t                             paper
   K, k              unrolled steps, and one of them                             paper
   n_k, w_k          tokens revealed at step k, and their share of all           restated
-  z, r, n           update gate, reset gate, new value                          GRU, 1406.1078
+  z, r, n           update gate, reset gate, new value                          torch's GRUCell
+  B, T, H, V        rows of a batch, tokens, heads, vocabulary
 """
 import hashlib
 import math
@@ -63,12 +64,13 @@ def preset(backbone: Backbone) -> MemoryConfig:
     c = backbone.config
     if c.kind == "tiny":
         return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64)
+    # 11 heads of 128; 5 of them see the prompt as well as the answer
     return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5)
 
 
 def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
     """Time t (B,) in [0, 1], in training and in sampling: masked tokens / maskable tokens."""
-    masked = (ids == mask_id) & maskable       # (B, T); guidance masks the prompt, too
+    masked = (ids == mask_id) & maskable       # (B, T); guidance, a sampler's, masks the prompt
     return masked.sum(1) / maskable.sum(1).clamp(min=1)
 
 
@@ -116,7 +118,7 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(c.d_slot, d_target, bias=False)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)      # (B, H, N, d / H)
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)      # (B, H, T or M, d / H)
 
     def forward(self, target: Tensor, source: Tensor, t_cond: Tensor, bias: Tensor) -> Tensor:
         """target (B, Nt, d_target), source (B, Ns, d_source), t_cond (B, 1, d_time); bias
@@ -136,7 +138,7 @@ class Injector(CrossAttention):
 
 
 class Mixer(CrossAttention):
-    """Slots (B, M, d) ask tokens (B, T, D): what this step is worth to the memory, (B, M, d)."""
+    """Slots (B, M, d) ask tokens (B, T, D): what the memory reads in this step, (B, M, d)."""
 
 
 class Updater(nn.Module):
@@ -166,12 +168,13 @@ class Anchors(NamedTuple):
 
     def at(self, columns: slice) -> "Anchors":
         """Those of some of the T tokens."""
+        # contiguous, as attention's fused kernels want a mask
         return Anchors(self.to_slots[:, :, columns], self.to_tokens[..., columns].contiguous())
 
 
 class MetaState(nn.Module):
     """The memory: slots in, slots out. What it knows is in the slots that step returns; its
-    parameters are the slots to begin with and the four modules above."""
+    parameters are the initial slots, four modules and the sharpness of their anchors."""
 
     def __init__(self, config: MemoryConfig):
         super().__init__()
@@ -187,8 +190,8 @@ class MetaState(nn.Module):
 
     def reset_parameters(self) -> None:
         """All initialisation: every weight drawn with a standard deviation of 1 / sqrt(inputs) and
-        every bias 0, and then what differs. The Injector's output is zero: an untrained memory is a
-        no-op."""
+        every bias 0, and then what differs, some of it drawn again. The Injector's output is zero:
+        an untrained memory is a no-op."""
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -217,8 +220,8 @@ class MetaState(nn.Module):
         """
         M = self.config.n_slots
         n_maskable = maskable.sum(1, keepdim=True).clamp(min=1)        # (B, 1)
-        fraction = (maskable.cumsum(1) - 0.5) / n_maskable             # (B, T) of the answer
-        token_place = fraction * M - 0.5                               # (B, T), in slots
+        middle = (maskable.cumsum(1) - 0.5) / n_maskable       # (B, T) of a token, in answers
+        token_place = middle * M - 0.5                         # (B, T), 0 at slot 0's own middle
         slot_place = torch.arange(M, device=maskable.device)           # (M,)
         distance = token_place[:, None, None, :] - slot_place[:, None]         # (B, 1, M, T)
         mixer_sharpness, injector_sharpness = self.sharpness[:, :, None, None]     # (H, 1, 1)
@@ -227,21 +230,21 @@ class MetaState(nn.Module):
         if attention_mask is not None:
             is_padding = attention_mask[:, None, None, :] == 0         # (B, 1, 1, T)
             to_tokens = to_tokens.masked_fill(is_padding, float("-inf"))
-        # the fused kernels of attention take no transposed view
         return Anchors(to_slots.contiguous(), to_tokens)
 
     def step(self, backbone: Backbone, ids: Tensor, slots: Tensor, *, t: Tensor, anchors: Anchors,
              context: Context) -> tuple[Tensor, Tensor]:
         """One denoising step, as drawn above.
 
-        ids (B, T); slots (B, M, d); t (B,), see masked_fraction; anchors and context: those of the
-        canvas, the same in all of its steps. Returns h (B, T, D) for backbone.pick and the new
-        slots (B, M, d).
+        ids (B, T); slots (B, M, d), float32; t (B,), see masked_fraction: given, since ids may be
+        one block of a canvas, and t is always that of the whole answer; anchors and context: the
+        same in all steps over a canvas. Returns h (B, T, D) for backbone.pick and the new slots.
         """
         h = backbone.embed(ids)                                        # (B, T, D)
-        # The memory's weights are float32; they compute in the backbone's precision.
+        # The memory's weights are float32; it computes in the backbone's precision.
         precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
-        # Recomputed as the layers are: else every step of an unroll would keep bf16 copies of them.
+        # The modules are recomputed, too: else autocast would keep a copy of their weights in the
+        # backbone's precision for every step of an unroll.
         recompute = backbone.recompute
 
         # 1. write: every token asks the slots, and what they say joins its embedding
@@ -249,7 +252,7 @@ class MetaState(nn.Module):
             t_cond = self.conditioner(t)                               # (B, 1, d_time)
             written = recomputed(self.injector, h, slots, t_cond, anchors.to_slots,
                                  enabled=recompute)                    # (B, T, D)
-        h = h + written.to(h.dtype)                                    # (B, T, D)
+        h = h + written                                                # (B, T, D)
 
         # 2. run: the frozen layers work with what was written
         h = backbone.run(h, context)                                   # (B, T, D)
@@ -259,8 +262,10 @@ class MetaState(nn.Module):
             read = recomputed(self.mixer, slots, h, t_cond, anchors.to_tokens,
                               enabled=recompute)                       # (B, M, d)
 
-            # 4. update: every slot takes of it what its gates let through
-            slots = recomputed(self.updater, slots, read, t_cond, enabled=recompute)   # (B, M, d)
+        # 4. update: every slot keeps of it what its gates admit
+        with precision:
+            slots = recomputed(self.updater, slots, read, t_cond,
+                               enabled=recompute)                      # (B, M, d), float32
         return h, slots
 
 
@@ -274,23 +279,21 @@ def save_checkpoint(path: Path, model: nn.Module, **more: object) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """What save_checkpoint wrote, and the file's digest; nothing in it is executed. Raises
     InputError."""
     with blame(path, "give a checkpoint that train.py wrote"):
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
         state = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
         return state | {"digest": hashlib.sha256(data).hexdigest()[:16]}
 
 
-def load_memory(path: Path, backbone: Backbone, *, any_backbone: bool = False) -> MetaState:
-    """The memory of a checkpoint, on the backbone's device, in eval mode. Raises InputError for a
-    memory that was trained on another backbone, unless any_backbone says that this is meant."""
-    return memory_of(load_checkpoint(path), path, backbone, any_backbone)
-
-
-def memory_of(state: dict, path: Path, backbone: Backbone, any_backbone: bool) -> MetaState:
-    """load_memory for a checkpoint that has been read, from path."""
+def load_memory(path: str | Path, backbone: Backbone, *, any_backbone: bool = False,
+                state: dict | None = None) -> MetaState:
+    """The memory of a checkpoint, on the backbone's device, in eval mode. state: what
+    load_checkpoint(path) gave, where it has been read. Raises InputError for a memory that was
+    trained on another backbone, unless any_backbone says that this is meant."""
+    state = state or load_checkpoint(path)
     with blame(path, "give a memory that train.py wrote, of this version"):
         trained_on = state["backbone"]
         ensure(any_backbone or trained_on["digest"] == backbone.digest(), f"{path} was trained on "

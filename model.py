@@ -1,17 +1,17 @@
 """The backbone as it comes off the shelf: architecture, released weights, tokeniser.
 
 One bidirectional pre-norm transformer, of which the tiny default, LLaDA-8B (arXiv 2502.09992) and
-Dream-7B (arXiv 2508.15487) are configurations. What all layers share is made once; then a pass is
-four plain calls, so that a memory can stand between them without hooks:
+Dream-7B (arXiv 2508.15487) are configurations. One context for a canvas, and then four plain calls
+for every pass over it, so that a memory can stand between them without hooks:
 
-    context = backbone.context(ids, attention_mask)     # positions and padding, for many passes
+    context = backbone.context(ids, attention_mask)     # positions and padding
     h = backbone.embed(ids)                             # (B, T) -> (B, T, D)
     h = backbone.run(h, context)                        # all layers, (B, T, D)
     h = backbone.pick(h, wanted)                        # (N, D), aligned with the tokens it scores
     logits = backbone.head(h)                           # (N, V)
 
 The order of casts is part of each model: bf16 logits equal those of the original classes.
-Read down to the line WEIGHTS first; the rest is files and names.
+Read down to the line BAD INPUT first; the rest is files and names.
 """
 import hashlib
 import json
@@ -63,6 +63,7 @@ LLADA = Config("llada", vocab_size=126464, n_layer=32, n_head=32, n_kv_head=32, 
 DREAM = Config("dream", vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584,
                d_ff=18944, norm_eps=1e-6, rope_theta=1000000.0, rope_fp32=False, qkv_bias=True,
                shift=True, mask_id=151666, eos_id=151643, pad_id=151643, eot_id=151645)
+# ids: 256 bytes, up to 46 words, mask, end-of-text
 TINY = Config("tiny", vocab_size=304, n_layer=1, n_head=4, n_kv_head=4, d_model=64,
               d_ff=192, norm_eps=1e-5, rope_theta=100.0, rope_fp32=True, qkv_bias=False,
               shift=False, mask_id=302, eos_id=303, pad_id=303)
@@ -102,15 +103,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Context(NamedTuple):
     """What the attention of every layer shares, for any number of passes over one canvas.
 
-    With a cache a pass may run some columns of the canvas only, see at: they attend to all, by the
-    keys and values that the last pass over the whole canvas left (Fast-dLLM's dual cache, arXiv
-    2505.22618).
+    With a cache a pass may run only some columns of the canvas (see at); these attend to all of it
+    through the keys and values kept from the last pass over the whole (Fast-dLLM's dual cache,
+    arXiv 2505.22618).
     """
     cos: Tensor                    # (1 or B, 1, T, head_dim)
     sin: Tensor                    # (1 or B, 1, T, head_dim)
     key_mask: Tensor | None        # (B, 1, 1, T) bool, False at padding
-    cache: list[list[Tensor]] | None = None    # keys and values (B, n_kv_head, T, head_dim) of
-                                   # every layer
+    cache: list[list[Tensor]] | None = None    # of every layer, keys and values (B, n_kv_head, T,
+                                   # head_dim); [] until the first pass over the whole canvas
     columns: slice | None = None   # what this pass runs; None: the whole canvas
 
     def at(self, columns: slice) -> "Context":
@@ -118,8 +119,8 @@ class Context(NamedTuple):
         return self._replace(cos=self.cos[:, :, columns], sin=self.sin[:, :, columns],
                              columns=columns)
 
-    def merged(self, kept: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
-        """Keys and values of the whole canvas: those of this pass, elsewhere those kept."""
+    def update(self, kept: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
+        """Put this pass's keys and values into those that a layer has kept; returns them all."""
         if self.columns is None:
             kept[:] = k, v
         else:
@@ -151,14 +152,15 @@ class Layer(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, heads, T, head_dim)
 
     def forward(self, h: Tensor, context: Context, kept: list[Tensor] | None = None) -> Tensor:
-        cos, sin, key_mask = context[:3]
+        cos, sin = context.cos, context.sin
         x = self.attn_norm(h)                                          # (B, T, D)
         q = rotate(self.split_heads(self.q(x)), cos, sin)              # (B, n_head, T, head_dim)
         k = rotate(self.split_heads(self.k(x)), cos, sin)              # (B, n_kv_head, T, head_dim)
         v = self.split_heads(self.v(x))                                # as k
         if kept is not None:
-            k, v = context.merged(kept, k, v)                          # T of the whole canvas
-        y = F.scaled_dot_product_attention(q, k, v, key_mask, enable_gqa=self.grouped)     # as q
+            k, v = context.update(kept, k, v)                          # T of the whole canvas
+        y = F.scaled_dot_product_attention(q, k, v, context.key_mask,
+                                           enable_gqa=self.grouped)    # as q
         h = h + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
         x = self.mlp_norm(h)
         x = F.silu(self.gate(x)) * self.up(x)                          # (B, T, d_ff)
@@ -179,8 +181,9 @@ class Backbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.recompute = False         # True: trade time for memory in training, layer by layer
-        table = torch.empty(config.vocab_size, config.d_model)         # drawn below
+        # True: trade time for memory in training, in the layers, the memory's modules and the loss
+        self.recompute = False
+        table = torch.empty(config.vocab_size, config.d_model)         # drawn below, or loaded
         self.embedding = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -216,7 +219,8 @@ class Backbone(nn.Module):
 
     def run(self, h: Tensor, context: Context) -> Tensor:
         """All layers on the residual stream h (B, T, D)."""
-        for layer, kept in zip(self.layers, context.cache or [None] * len(self.layers)):
+        no_cache = [None] * len(self.layers)
+        for layer, kept in zip(self.layers, context.cache or no_cache):
             h = recomputed(layer, h, context, kept, enabled=self.recompute)
         return h
 
@@ -586,15 +590,15 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 
 def find_weights(name: str | Path) -> Path:
-    """The checkpoint folder of that name: a folder; or of a release, or of ORGANISATION/MODEL on
-    the hub, the one in the Hugging Face cache, or our own download. Raises InputError where there
-    is none and none can be fetched."""
+    """The checkpoint folder of that name: a folder itself; for a release or ORGANISATION/MODEL on
+    the hub the one in the Hugging Face cache, or else our own download. Raises InputError where
+    there is none and none can be fetched."""
     if Path(name).is_dir():
         return Path(name)
     known = RELEASES.get(str(name))
     repository = known.repository if known else str(name)
-    ensure(re.fullmatch(r"[\w.-]+/[\w.-]+", repository), f"there is no folder {name}; give one, one "
-           f"of {', '.join(RELEASES)}, or ORGANISATION/MODEL on the hub")
+    ensure(re.fullmatch(r"[\w.-]+/[\w.-]+", repository), f"there is no folder {name}; give one, "
+           f"one of {', '.join(RELEASES)}, or ORGANISATION/MODEL on the hub")
 
     hub_cache = variable("HF_HUB_CACHE", variable("HF_HOME", "~/.cache/huggingface") / "hub")
     cached = hub_cache / f"models--{repository.replace('/', '--')}"
@@ -608,6 +612,12 @@ def find_weights(name: str | Path) -> Path:
     with blame(f"the download of {repository}", advice):
         marker = cache_folder() / repository.replace("/", "--") / "complete"
         return fetched(marker, lambda path: fetch_repository(repository, path)).parent
+
+
+def kind_of(name: str) -> str:
+    """tiny, llada or dream, of a release, a folder or a model on the hub."""
+    known = RELEASES.get(name)
+    return known.config.kind if known else read_config(find_weights(name)).kind
 
 
 def fetch_repository(repository: str, marker: Path) -> None:
@@ -626,8 +636,8 @@ def fetch_repository(repository: str, marker: Path) -> None:
     missing = [file for file in files if is_missing(file)]
     n_bytes = sum(file["size"] for file in missing)
     free = shutil.disk_usage(marker.parent).free
-    ensure(free > n_bytes, f"{marker.parent} has {free / 1e9:.1f} GB free where {n_bytes / 1e9:.1f} "
-           "are needed; make room, or set XDG_CACHE_HOME")
+    ensure(free > n_bytes, f"{marker.parent} has {free / 1e9:.1f} GB free where "
+           f"{n_bytes / 1e9:.1f} are needed; make room, or set XDG_CACHE_HOME")
     print(f"{repository}: {n_bytes / 1e9:.1f} GB into {marker.parent}", file=sys.stderr)
     for file in files:
         name = file["rfilename"]

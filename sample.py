@@ -1,8 +1,8 @@
 """Write answers with a trained memory: python sample.py [PROMPT] [--show-steps]
 
 Takes the tiny model that comes with this repository, or --init: a run's folder, llada, dream, ...
---think N lets the memory work for N passes before the first token is written. --infill completes an
-answer with blanks.
+--think N lets the memory work for N passes before the first token is written. --infill fills the
+blanks in an answer.
 
 The other programs take from here what they share: options, opening models, the end of a program.
 """
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from diffusion import REMASKING, Report, Sampling, generate
-from metastate import MetaState, load_checkpoint, memory_of
-from model import (RELEASES, Backbone, Config, InputError, Tokenizer, blame, ensure, find_weights,
-                   load_backbone, load_tokenizer, read_config, reason)
+from metastate import MetaState, load_checkpoint, load_memory
+from model import (RELEASES, Backbone, Config, InputError, Tokenizer, blame, ensure, kind_of,
+                   load_backbone, load_tokenizer, reason)
 
 # ------------------------------------------------------------------------ THE BUILT-IN PROBLEMS
 # A dial shows a digit, and each button has a rule that takes every digit to another. The rules are
@@ -39,7 +39,8 @@ SPLITS = {"test": slice(1000), "valid": slice(1000, 2000), "train": slice(2000, 
 # Every word of a problem is one token.
 WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",
          "\n####", *(f" {button}" for button in BUTTONS), *(f" {digit}" for digit in range(10))]
-DIAL_LENGTH = 20                       # tokens of the longest answer, its end and one more
+DIAL_LENGTH = 20                       # tokens of an answer, 18, and two of end-of-text: 20 has
+                                       # more divisors, and so more schedules, than 19
 
 
 def dial_problem(digit: int, pressed: list[int]) -> dict[str, str]:
@@ -82,7 +83,7 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
         for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.reconfigure(errors="replace")       # a terminal may know ASCII only
         main()
-        print(end="", flush=True)
+        print(end="", flush=True)                      # a full disk shows here, not at exit
     except KeyboardInterrupt:
         print(f"\ninterrupted; {if_interrupted}", file=sys.stderr)
         sys.exit(130)
@@ -103,8 +104,8 @@ def sentence(error: Exception) -> str:
     if isinstance(error, InputError):
         return str(error)
     if isinstance(error, MemoryError) or any(x in str(error).lower() for x in OUT_OF_MEMORY):
-        return ("the memory of this machine or device is too small; take smaller batches, a shorter "
-                "--max-length or --gen-length")
+        return ("the memory of this machine or device is too small; take smaller batches, a "
+                "shorter --max-length or --gen-length")
     if isinstance(error, OSError):
         return f"{'' if error.filename else 'the output: '}{reason(error)}"
     return f"{type(error).__name__}: {reason(error)} (TRACEBACK=1 in the environment shows where)"
@@ -205,18 +206,22 @@ def choose_models(args: argparse.Namespace) -> Choice:
     if memory_path is None and (run / "memory.pt").is_file():
         memory_path = run / "memory.pt"
         name = None                    # the backbone is the one that it was trained on
+    # read for --no-memory, too: it names the backbone
     checkpoint = load_checkpoint(memory_path) if memory_path else None
     if name is None:
         with blame(memory_path, "give a checkpoint that train.py wrote"):
             name = checkpoint["backbone"]["name"]
     weights = args.weights or (str(run / "backbone") if name == "tiny" else name)
-    known = RELEASES.get(weights)
-    kind = known.config.kind if known else read_config(find_weights(weights)).kind
-    chat = args.chat if args.chat is not None else "base" not in Path(name).name.lower()
+    chat = is_chat(name) if args.chat is None else args.chat
     if args.no_memory:
         memory_path = None
     print(f"model: {name} from {weights}, memory: {memory_path}", file=sys.stderr)
-    return Choice(name, weights, kind, chat, memory_path, checkpoint)
+    return Choice(name, weights, kind_of(weights), chat, memory_path, checkpoint)
+
+
+def is_chat(name: str) -> bool:
+    """Whether a model of that name speaks in turns; a base model goes on with plain text."""
+    return "base" not in Path(name).name.lower()
 
 
 class Models(NamedTuple):
@@ -234,7 +239,8 @@ def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) 
     memory = None
     identity = {"init": choice.name, "backbone": backbone.digest(), "memory": None}
     if choice.memory_path:
-        memory = memory_of(choice.checkpoint, choice.memory_path, backbone, args.any_backbone)
+        memory = load_memory(choice.memory_path, backbone, any_backbone=args.any_backbone,
+                             state=choice.checkpoint)
         identity["memory"] = choice.checkpoint["digest"]
     return Models(backbone, load_tokenizer(choice.weights), memory, identity)
 
@@ -321,7 +327,7 @@ class Printer:
         self.n_prompt = n_prompt
         self.n_passes = 0
         bars = "" if self.slots is None else f"{'change':{N_BARS}} "
-        print(f"   {bars}answer, in brackets while it is only thought")
+        print(f"   {bars}answer, in brackets until something is written")
 
     def on_step(self, canvas: Tensor, report: Report) -> None:
         if not report.eligible[0].any():
@@ -369,7 +375,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", default=argparse.SUPPRESS)
     add_model_options(parser)
     add = parser.add_argument_group("text").add_argument
-    add("--prompt", help="what the user says, also without --prompt (default: an example)")
+    add("--prompt", help="the user's prompt, as PROMPT (default: an example)")
     add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _ that "
         "stands alone")
     add("--num-samples", type=between(int, 1, 10 ** 4), default=1)
@@ -393,7 +399,7 @@ def main() -> None:
     args = arguments()
     choice = choose_models(args)
     prompt = EXAMPLES[choice.kind] if args.prompt is None else args.prompt
-    defaults = {"remasking": Sampling.remasking, **SAMPLING_DEFAULTS[choice.kind]}
+    defaults = SAMPLING_DEFAULTS[choice.kind]
     usual_length = defaults["gen_length"]
     if args.infill is not None:
         n_blanks = len(re.findall(BLANK, args.infill))
@@ -401,7 +407,8 @@ def main() -> None:
                "fill in")
         ensure(args.gen_length is None and args.block_length is None, "--infill says how long the "
                "answer is; omit --gen-length and --block-length")
-        defaults = dict(remasking=defaults["remasking"], gen_length=0, steps=n_blanks)
+        remasking = defaults.get("remasking", Sampling.remasking)
+        defaults = dict(remasking=remasking, gen_length=0, steps=n_blanks)
     settings = sampling_settings(args, defaults)
 
     # 2. the prompt, and the answer as far as it is given

@@ -28,10 +28,10 @@ from diffusion import diffusion_loss, unroll
 from eval_gsm8k import gsm8k_file, read_jsonl, thinking_table
 from metastate import MetaState, load_checkpoint, preset, save_checkpoint
 from model import (RELEASES, TINY, Backbone, Config, Tokenizer, blame, cache_folder, ensure,
-                   fetch_json, fetched, find_weights, load_backbone, load_tokenizer, read_config,
-                   save_backbone, tiny_tokenizer, write_atomically)
+                   fetch_json, fetched, find_weights, kind_of, load_backbone, load_tokenizer,
+                   read_config, save_backbone, tiny_tokenizer, write_atomically)
 from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, POSITIVE, SEED, WORDS, Processes,
-                    add_device_options, between, dial_problems, run_program, start_device)
+                    add_device_options, between, dial_problems, is_chat, run_program, start_device)
 
 # ---------------------------------------------------------------------------------------- DATA
 
@@ -112,12 +112,13 @@ def find_texts(data: str | None, kind: str) -> list[Text]:
     """The examples; what has to be fetched for them is fetched once."""
     if data is None and kind == "tiny":
         return [read_text(problem) for problem in dial_problems("train", DIAL_EXAMPLES)]
-    path = Path(data or "tulu3")
     if data == "gsm8k":
         path = gsm8k_file("train.jsonl")
     elif data in (None, "tulu3"):
         with blame(f"the download of {TULU}", "give a file by --data, or run again to go on"):
             path = fetched(cache_folder() / "tulu-3" / "conversations.jsonl", fetch_tulu)
+    else:
+        path = Path(data)
     return read_jsonl(path, read_text)
 
 
@@ -168,7 +169,7 @@ EPOCH, ITERATION = 0, 1                # streams of random numbers
 @dataclass(eq=False)                   # hashed by identity, which lru_cache needs
 class Batches:
     """Iteration -> global batch, rows of like length together. draw(rng, maskable) adds what is
-    random in it: all of it by one generator, so that every process sees the same."""
+    random in it, from a single generator, so that every process sees the same."""
     examples: list[TokenIds]
     batch: int                         # rows of an iteration, over all processes
     answer_length: int                 # answers are padded to at least this length
@@ -210,7 +211,7 @@ class Batches:
 # ---------------------------------------------------------------------------------------- LOSS
 # loss(model, batch): the mean over the rows of a batch, and its parts, step by step.
 
-VISIBLE_SHARE = 0.1                    # of the maskable tokens teach the tiny backbone though visible
+VISIBLE_SHARE = 0.1                    # of the maskable tokens is scored though visible
 THINK_SHARE = 0.5                      # of the batches begin with passes that reveal nothing
 
 
@@ -225,7 +226,7 @@ def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
     # Some visible tokens are scored, too. So the layer learns to keep a token whose embedding is in
     # the residual stream, and will not erase what the Injector writes at a masked position.
     loss = diffusion_loss(backbone, **batch, visible_share=VISIBLE_SHARE)
-    return loss, loss.new_empty(0)
+    return loss, loss.new_empty(0)     # no steps, so no parts
 
 
 def memory_draws(args: argparse.Namespace) -> Callable:
@@ -258,6 +259,7 @@ WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.99)                    # of AdamW
 MOMENTUM = 0.95                        # of Muon
 CLIP = 1.0                             # the largest norm of a gradient
+# parts of names of parameters
 BY_ADAMW = ("embedding", "lm_head", "initial_slots", "sharpness", "gain", "conditioner")
 
 
@@ -303,7 +305,7 @@ def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> 
     losses = 0
     for part in range(rank * run.args.accumulate, (rank + 1) * run.args.accumulate):
         rows = slice(part * n_rows, (part + 1) * n_rows)
-        piece = {name: value if isinstance(value, int)
+        piece = {name: value if isinstance(value, int)         # think is one for all rows
                  else torch.from_numpy(value[rows]).to(run.device) for name, value in batch.items()}
         value, parts = loss(model, piece)
         (value / n_parts).backward()
@@ -328,7 +330,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
     settings = {key: value for key, value in vars(run.args).items() if key not in ("out", "resume")}
     made_with = {"settings": settings, "backbone": backbone,
                  "data": digest(run.examples)}
-    every = optimizers(model)
+    both = optimizers(model)
     start = 0
     if run.args.resume and path.exists():
         state = load_checkpoint(path)
@@ -338,7 +340,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
             ensure(backbone is None or state["backbone"]["digest"] == backbone["digest"],
                    f"{path} was trained on another backbone; give that, or another --out")
             model.load_state_dict(state["model"])
-            for optimizer, saved in zip(every, state["optimizers"]):   # none when it is finished
+            for optimizer, saved in zip(both, state["optimizers"]):    # none when it is finished
                 optimizer.load_state_dict(saved)
             start = state["iteration"]
 
@@ -358,7 +360,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
                "by --resume and a lower --lr (or --backbone-lr), or clean the data")
 
         # 2. an update by each optimiser
-        for optimizer in every:
+        for optimizer in both:
             optimizer.param_groups[0]["lr"] = learning_rate(iteration, iters, lr)
             optimizer.step()
             optimizer.zero_grad()
@@ -377,7 +379,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
         done = iteration + 1
         due = done % SAVE_ITERATIONS == 0 or time.monotonic() - saved_at > SAVE_SECONDS
         if is_first_process and (due or done == iters):
-            states = [] if done == iters else [optimizer.state_dict() for optimizer in every]
+            states = [] if done == iters else [optimizer.state_dict() for optimizer in both]
             save_checkpoint(path, model, iteration=done, optimizers=states, **made_with)
             saved_at = time.monotonic()
             if bar.disable:
@@ -444,10 +446,10 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})", **more)
 
     group = parser.add_argument_group("run")
-    option("init", None, f"tiny: trains its own backbone; {', '.join(RELEASES)}, ORGANISATION/MODEL "
-           "on the hub, or a checkpoint folder", metavar="MODEL")
+    option("init", None, f"tiny: trains its own backbone; {', '.join(RELEASES)}, "
+           "ORGANISATION/MODEL on the hub, or a checkpoint folder", metavar="MODEL")
     option("weights", None, "the weights of --init, where they lie elsewhere", metavar="FOLDER")
-    option("seed", SEED, "of all random draws")
+    option("seed", SEED, "seed of all random draws")
     group.add_argument("--out", type=Path, help="folder of checkpoints and logs (out/INIT)")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run in --out and its settings")
@@ -476,22 +478,15 @@ def make_parser() -> argparse.ArgumentParser:
     option("iters", COUNT, "iterations")
     option("batch", COUNT, "rows of an iteration, over all processes and micro-batches")
     option("accumulate", COUNT, "micro-batches in which a process takes its rows")
-    option("lr", POSITIVE, "its peak")
+    option("lr", POSITIVE, "peak learning rate")
 
     group = parser.add_argument_group("tiny backbone and table")
     option("backbone-iters", COUNT, "iterations")
     option("backbone-batch", COUNT, "rows of an iteration")
-    option("backbone-lr", POSITIVE, "its peak")
-    option("split", None, "of the problems", choices=("valid", "test"))
-    option("problems", COUNT_OR_ZERO, "of the table; 0: no table")
+    option("backbone-lr", POSITIVE, "peak learning rate")
+    option("split", None, "which problems the table uses", choices=("valid", "test"))
+    option("problems", COUNT_OR_ZERO, "how many problems the table uses; 0: no table")
     return parser
-
-
-def kind_of(init: str, weights: str | None) -> str:
-    if init == "tiny":
-        return "tiny"
-    known = RELEASES.get(weights or init)
-    return known.config.kind if known else read_config(find_weights(weights or init)).kind
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -515,66 +510,75 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     else:
         ensure(not checkpoints, f"{out} holds a run; go on with it by --resume, or give another "
                "--out")
-    kind = kind_of(init, given.get("weights", saved.get("weights")))
+    weights = given.get("weights") or saved.get("weights") or init
+    kind = "tiny" if init == "tiny" else kind_of(weights)
     by_kind = TINY_DEFAULTS if kind == "tiny" else LARGE_DEFAULTS
     return argparse.Namespace(**{**DEFAULTS, **by_kind, **saved, **given})
+
+
+def check_options(args: argparse.Namespace, world: int) -> None:
+    """What can be wrong before anything is fetched or loaded."""
+    sizes = {"--batch": args.batch}
+    if args.init == "tiny":
+        sizes["--backbone-batch"] = args.backbone_batch
+        ensure(not args.weights, "--init tiny trains a backbone of its own; omit --weights, or "
+               "give the folder by --init")
+    n_parts = world * args.accumulate
+    for option, size in sizes.items():
+        ensure(size % n_parts == 0, f"{option} {size} is no multiple of {n_parts}, processes times "
+               "--accumulate; make it one")
+    ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
+           "take; give 0 for no table, or two or more")
+    with blame(f"--out {args.out}", "give a folder that can be written"):
+        args.out.mkdir(parents=True, exist_ok=True)
 
 
 def main() -> None:
     begin = time.time()
     args = arguments()
-    out, weights = args.out, args.weights or args.init
-    kind = kind_of(args.init, args.weights)
+    own_backbone = args.init == "tiny"
+    weights = args.weights or args.init
+    kind = "tiny" if own_backbone else kind_of(weights)
     device, processes = start_device(args.device, kind)
+    check_options(args, processes.world)
     is_first_process = processes.rank == 0
-    n_parts = processes.world * args.accumulate
-    for option, size in (("--batch", args.batch), ("--backbone-batch", args.backbone_batch)):
-        ensure(size % n_parts == 0 or (kind != "tiny" and "backbone" in option), f"{option} {size} "
-               f"is no multiple of {n_parts}, processes times --accumulate; make it one")
-    ensure(not (args.init == "tiny" and args.weights), "--init tiny trains a backbone of its own; "
-           "omit --weights, or give the folder by --init")
-    ensure(args.problems != 1, "--problems 1 leaves no other sample whose memory a control could "
-           "take; give 0 for no table, or two or more")
-    with blame(f"--out {out}", "give a folder that can be written"):
-        out.mkdir(parents=True, exist_ok=True)
-    with_table = kind == "tiny" and args.data is None and args.problems
+    n_problems = args.problems if kind == "tiny" and args.data is None else 0
     if is_first_process:
-        parts = [f"backbone, {args.backbone_iters} iterations"] if args.init == "tiny" else []
-        parts.append(f"memory, {args.iters} iterations")
-        parts += [f"table, {args.problems} {args.split} problems"] if with_table else []
-        print(f"{'; '.join(parts)}; on {device} x {processes.world}, into {out}", flush=True)
+        plan = [f"backbone, {args.backbone_iters} iterations"] if own_backbone else []
+        plan.append(f"memory, {args.iters} iterations")
+        plan += [f"table, {n_problems} {args.split} problems"] if n_problems else []
+        print(f"{'; '.join(plan)}; on {device} x {processes.world}, into {args.out}", flush=True)
 
     # 1. data, and a frozen backbone: one of our own, or one off the shelf
     texts = find_texts(args.data, kind)
-    own = args.init == "tiny"
-    tokenizer = tiny_tokenizer(WORDS) if own else load_tokenizer(weights)
-    config = TINY if own else read_config(find_weights(weights))
-    chat = "base" not in Path(args.init).name.lower()
-    examples = tokenise(texts, tokenizer, config.eos_id, args.max_length, chat)
-    run = Run(args, out, examples, DIAL_LENGTH if kind == "tiny" else 0, processes, device)
-    if own:
+    tokenizer = tiny_tokenizer(WORDS) if own_backbone else load_tokenizer(weights)
+    config = TINY if own_backbone else read_config(find_weights(weights))
+    examples = tokenise(texts, tokenizer, config.eos_id, args.max_length, is_chat(args.init))
+    answer_length = DIAL_LENGTH if kind == "tiny" else 0
+    run = Run(args, args.out, examples, answer_length, processes, device)
+    if own_backbone:
         backbone = train_backbone(run, config, WORDS)
     else:
         backbone = load_backbone(weights, device=device)
-        backbone.recompute = not args.keep_activations and kind != "tiny"
+        backbone.recompute = kind != "tiny" and not args.keep_activations
     if args.compile:
         backbone.compile_layers()
 
     # 2. its memory
-    memory = train_memory(run, backbone, out / "memory.pt")
+    memory = train_memory(run, backbone, args.out / "memory.pt")
 
     # 3. the table
-    if is_first_process and with_table:
-        problems = dial_problems(args.split, args.problems)
+    if is_first_process and n_problems:
+        problems = dial_problems(args.split, n_problems)
         text, results = thinking_table(backbone, tokenizer, problems, memory)
         print(f"\n{text}")
-        write_atomically(out / "table.md", text.encode())
-        write_atomically(out / "table.json", json.dumps(results).encode())
+        write_atomically(args.out / "table.md", text.encode())
+        write_atomically(args.out / "table.json", json.dumps(results).encode())
     if is_first_process:
         thinking = " --think 4 --steps 1" if kind == "tiny" else ""
         print(f"done in {(time.time() - begin) / 60:.1f} minutes; now try\n"
-              f"  python sample.py --init {out}{thinking} --show-steps\n"
-              f"  python eval_gsm8k.py --init {out}{thinking}")
+              f"  python sample.py --init {args.out}{thinking} --show-steps\n"
+              f"  python eval_gsm8k.py --init {args.out}{thinking}")
 
 
 if __name__ == "__main__":

@@ -52,12 +52,11 @@ class Config(NamedTuple):
 
 def scan(x: Tensor, delta: Tensor, A: Tensor, write: Tensor, read: Tensor, h: Tensor
          ) -> tuple[Tensor, Tensor]:
-    """The recurrence of Mamba-1, one token after the other:
+    """The recurrence of Mamba-1, one token after the other, to y and the last h:
 
         h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t          y_t = C_t h_t
 
-    x, delta (B, T, E); A (N, E); write, read (B, T, N): the B_t and C_t above; h (B, N, E).
-    Returns y (B, T, E) and the last h.
+    x, delta, y (B, T, E); A (N, E); write, read: the B_t and C_t above, (B, T, N); h (B, N, E).
     """
     decays = torch.exp(delta[:, :, None] * A)                          # (B, T, N, E)
     updates = (delta * x)[:, :, None] * write[..., None]               # (B, T, N, E)
@@ -372,12 +371,13 @@ def plot(results: list[dict], path: Path) -> None:
         axis.plot(LENGTHS, np.transpose(lines), color=color, linewidth=0.8, alpha=0.5)
         mean = np.mean(lines, axis=0)                                  # (lengths,)
         axis.plot(LENGTHS, mean, "o-", color=color, linewidth=2.5)
-        axis.annotate(arm, (LENGTHS[-1], mean[-1]), (8, 0), textcoords="offset points",
-                      va="center", weight="bold", color=color)
+        axis.annotate(f"{arm} {mean[-1]:.0f} %", (LENGTHS[-1], mean[-1]), (8, 0), color=color,
+                      textcoords="offset points", va="center", weight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
     axis.set_xscale("log", base=2)
     axis.set_xticks(LENGTHS, LENGTHS)
-    axis.set(xlabel=f"tokens of the input (trained at {TRAIN_LENGTH})",
-             ylabel="needles recalled (%)", title="Writing less keeps the needle")
+    axis.set(xlabel=f"tokens of the input (trained at {TRAIN_LENGTH})", ylim=(0, 103),
+             ylabel="needles recalled (%)", title="Writing less keeps the needles that Mamba forgets")
     figure.savefig(path, dpi=200)
 
 

@@ -41,9 +41,9 @@ def guesses(backbone: Backbone, tokenizer: Tokenizer, memory: MetaState | None) 
 
 
 def text(x: float, y: float, content: str, color: str = "#111827", size: int = 17,
-         weight: str = "normal") -> str:
+         weight: str = "normal", more: str = "") -> str:
     return (f'<text x="{x:.0f}" y="{y:.0f}" fill="{color}" font-size="{size}" '
-            f'font-weight="{weight}" xml:space="preserve">{escape(content)}</text>')
+            f'font-weight="{weight}" xml:space="preserve" {more}>{escape(content)}</text>')
 
 
 def answer(tokens: list[str], right: list[str], y: float) -> str:
@@ -55,10 +55,12 @@ def answer(tokens: list[str], right: list[str], y: float) -> str:
         is_digit = truth.strip().isdigit()
         kind = ("right" if token == truth else "wrong") if is_digit else "word"
         if is_digit:
-            parts.append(f'<rect x="{x + 6:.0f}" y="{y - 18:.0f}" width="20" height="24" rx="4" '
-                         f'fill="{COLORS[kind]}" fill-opacity="0.15"/>')
-        parts.append(text(x, y, shown, COLORS[kind], weight="bold" if is_digit else "normal"))
-        x += CHARACTER * len(truth.replace("\n", " "))
+            parts.append(f'<rect x="{x + 8:.0f}" y="{y - 17:.0f}" width="15" height="23" rx="4" '
+                         f'fill="{COLORS[kind]}" fill-opacity="0.18"/>')
+        width = CHARACTER * len(truth.replace("\n", " "))      # whatever font there is
+        parts.append(text(x, y, shown, COLORS[kind], weight="bold" if is_digit else "normal",
+                          more=f'textLength="{width:.1f}"'))
+        x += width
     return "".join(parts)
 
 
@@ -72,21 +74,22 @@ def shown_in(number: int, content: str) -> str:
 
 
 def picture(rows: dict[str, list[list[str]]], right: list[str]) -> str:
-    parts = [text(30, 34, "A memory lets a frozen diffusion model think before it writes", size=20,
-                  weight="bold"),
-             text(30, 64, QUESTION, COLORS["word"], size=15)]
+    sans = 'font-family="system-ui, sans-serif"'
+    parts = [text(30, 36, "A memory lets a frozen diffusion model think before it writes", size=21,
+                  weight="bold", more=sans),
+             text(30, 66, QUESTION, COLORS["word"], size=16, more=sans)]
     y = 110.0
     for name, by_pass in rows.items():
-        parts.append(text(30, y, name, size=16, weight="bold"))
+        parts.append(text(30, y, name, size=17, weight="bold", more=sans))
         y += ROW
         for number, tokens in enumerate(by_pass):
             n_right = sum(a == b and b.strip().isdigit() for a, b in zip(tokens, right))
-            count = text(WIDTH - 100, y - ROW, f"{n_right} of 5", COLORS["word"], size=15)
+            count = text(WIDTH - 110, y - ROW, f"{n_right} of 5", COLORS["word"], more=sans)
             parts.append(shown_in(number, answer(tokens, right, y) + count))
         y += 1.7 * ROW
     for number in range(PASSES):
-        label = f"pass {number + 1}, nothing is written: this is what it would write now"
-        parts.append(shown_in(number, text(30, y, label, COLORS["word"], size=15)))
+        label = f"pass {number + 1}: nothing is written yet, this is what it would write now"
+        parts.append(shown_in(number, text(30, y, label, COLORS["word"], size=16, more=sans)))
     height = y + 20
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
             'font-family="ui-monospace, Menlo, Consolas, monospace">'

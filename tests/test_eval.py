@@ -133,8 +133,8 @@ def test_the_built_in_problems_are_fixed_and_no_question_is_in_two_splits():
         " pink gives 6, black gives 6, blue gives 3, blue gives 6.\n#### 6",
         " white gives 7, black gives 4, red gives 3, red gives 1.\n#### 1",
         " brown gives 6, blue gives 3, red gives 1, white gives 5.\n#### 5"]
-    assert splits[0][0]["question"] == ("The dial shows 6. Press pink, then press black, then press "
-                                        "blue, then press blue.")
+    assert splits[0][0]["question"] == (
+        "The dial shows 6. Press pink, then press black, then press blue, then press blue.")
     for some, others in combinations(splits, 2):
         assert not {p["question"] for p in some} & {p["question"] for p in others}
     assert dial_problems("valid", 3) == splits[1][:3]
@@ -319,7 +319,7 @@ def test_two_files_are_compared_problem_by_problem(folder, monkeypatch, capsys):
     run(monkeypatch, "--compare", "a.jsonl", "b.jsonl")
     assert capsys.readouterr().out == (
         "A, a.jsonl: 25.0% of 4 problems\nB, b.jsonl: 75.0%\n"
-        "B - A: +50.0 points (95 %, paired, over problems: +0.0 to +100.0)\n")
+        "B - A: +50.0 points (95 % of problems, paired: +0.0 to +100.0)\n")
     with pytest.raises(SystemExit, match="different ones under one number"):
         run(monkeypatch, "--compare", "a.jsonl", "c.jsonl")
     with pytest.raises(SystemExit, match="data.jsonl cannot be used .*; give a file of results"):

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import GOLDEN, ROOT, at_most
+from conftest import GOLDEN, at_most
 from diffusion import generate, unroll
 from metastate import (AdaRMSNorm, MemoryConfig, MetaState, load_checkpoint, load_memory,
                        masked_fraction, preset, save_checkpoint)
-from model import DREAM, LLADA, TINY, Backbone, InputError, load_backbone, load_tokenizer
-from sample import DIAL_LENGTH, dial_problems, prompt_ids
+from model import DREAM, LLADA, TINY, Backbone, InputError, load_backbone
 
 MASK = TINY.mask_id
 
@@ -474,31 +473,3 @@ def test_compiled_layers_give_the_same_loss_gradients_and_tokens(backbone, memor
         torch.testing.assert_close(found, expected)
     assert counters["stats"]["unique_graphs"] > 0
     torch._dynamo.reset()
-
-
-# ------------------------------------------------------------------------ THE ONE THAT IS SHIPPED
-
-def test_the_memory_in_assets_works_out_an_answer_in_five_passes_and_nothing_else_does():
-    folder = ROOT / "assets" / "tiny"
-    backbone = load_backbone(folder / "backbone")
-    tokenizer = load_tokenizer(folder / "backbone")
-    problems = dial_problems("valid", 100)
-    prompts = torch.tensor([prompt_ids(tokenizer, problem["question"], chat=True)
-                            for problem in problems])
-    memory = load_memory(folder / "memory.pt", backbone)
-
-    def n_right(memory, carry="keep"):
-        """Whole answers right that each of six passes over masks would write."""
-        found = []
-        generate(backbone, prompts, memory=memory, carry=carry, gen_length=DIAL_LENGTH, think=5,
-                 steps=1, on_step=lambda canvas, report: found.append(
-                     report.guess[:, prompts.shape[1]:].tolist()))
-        return [sum(tokenizer.answer(guess) == problem["answer"]
-                    for guess, problem in zip(guesses, problems)) for guesses in found]
-
-    one, two, _, _, five, six = n_right(memory)
-    assert one < 15 and two < 15                       # a look-up a pass, no sooner
-    assert five >= 98 and six >= 98
-    assert max(n_right(memory, "shuffle")) < 5
-    for controls in (n_right(None), n_right(memory, "reset")):
-        assert len(set(controls)) == 1 and controls[0] < 5     # no pass differs from the first

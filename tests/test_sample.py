@@ -72,7 +72,7 @@ def test_a_prompt_is_given_with_or_without_its_option(run, calls):
 
 
 def test_every_sample_has_its_own_seed(run, calls):
-    options = ["x", "--temperature", "1", "--steps", "20"]
+    options = ["x", "--temperature", "5", "--steps", "20"]
     first, second = (run(*options, "--seed", seed).removeprefix("x\n") for seed in ("3", "4"))
     assert run(*options, "--num-samples", "2", "--seed", "3") == f"x\n{first}{second}"
     assert first != second
@@ -145,7 +145,7 @@ def test_show_steps_tells_every_pass_in_80_columns_with_the_last_digit_in_view(r
     monkeypatch.setenv("COLUMNS", "80")
     prompt = "The dial shows 1. Press black, then press green, then press white, then press brown."
     lines = run(prompt, "--show-steps", "--think", "8", "--steps", "1").splitlines()[1:]
-    assert lines[0] == "   change   answer, in brackets while it is only thought"
+    assert lines[0] == "   change   answer, in brackets until something is written"
     bars, passes = zip(*[(line[3:11], line[:3] + line[12:]) for line in lines[1:10]])
     assert all(re.fullmatch(rf" {n} \(.*#### \d\)", line) for n, line in enumerate(passes[:8], 1))
     assert re.fullmatch(r" 9 black gives .*\. #### \d", passes[8])
@@ -153,12 +153,12 @@ def test_show_steps_tells_every_pass_in_80_columns_with_the_last_digit_in_view(r
     assert max(map(len, lines)) <= 80
     assert "█" in bars[0] and not set(bars[8]) & set("▃▄▅▆▇█")         # since the pass before
     frozen = run(prompt, "--show-steps", "--no-memory", "--steps", "2").splitlines()[1:]
-    assert frozen[0] == "   answer, in brackets while it is only thought"
+    assert frozen[0] == "   answer, in brackets until something is written"
     assert re.match(r" 1 \S.*░", frozen[1]) and "█" not in "".join(frozen)
 
 
 def test_a_sample_that_is_done_shows_no_passes_while_it_waits_for_others(run):
-    options = ["--show-steps", "--threshold", "0.6", "--temperature", "1"]
+    options = ["--show-steps", "--threshold", "0.2", "--temperature", "4"]
     alone, other = run(*options), run(*options, "--seed", "1")
     assert alone.count("\n") < other.count("\n")       # the second sample takes more passes
     assert run(*options, "--num-samples", "2").startswith(alone)

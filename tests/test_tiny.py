@@ -28,7 +28,7 @@ def test_the_memory_works_out_the_whole_answer_in_five_passes_and_no_control_doe
         assert sum(results[name][1]) < 5
     assert max(sum(results["memory shuffled"][n]) for n in PASSES) < 5
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
-    assert rows[0] == ["", "1", "2", "5", "7"]
+    assert rows[0] == ["", "N = 1", "N = 2", "N = 5", "N = 7"]
     assert rows[-1] == ["MetaState", *(f"{n:.1f}" for n in (one, two, five, seven))]     # of 100
 
 
