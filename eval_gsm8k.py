@@ -161,7 +161,8 @@ SHA256 = {"test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e
 
 def gsm8k_file(name: str) -> Path:
     """GSM8K's own file, fetched once."""
-    advice = f"give a file by --data, and beside it {name} where solved examples are wanted"
+    beside = ", with its solved examples in train.jsonl beside it"
+    advice = f"give a file by --data{beside if name == 'train.jsonl' else ''}"
     with blame(f"the download of GSM8K's {name}", advice):
         return fetched(cache_folder() / "gsm8k" / name,
                        lambda path: download(GSM8K + name, path, sha256=SHA256[name]))
@@ -181,7 +182,7 @@ def read_jsonl(path: Path, parse: Callable[[Any], Any]) -> list:
                 bad.append(f"line {number}: {reason(error)}")
     if bad:
         message = (f"{path} has {len(bad)} lines that cannot be used beside {len(good)} good ones, "
-                   f"the first is {bad[0]}")
+                   f"the first is {bad[0]}; one JSON object is wanted on every line")
         ensure(len(good) > len(bad), message)
         print(f"note: {message}", file=sys.stderr)
     ensure(good, f"{path} is empty; give a file with one JSON object a line")

@@ -277,7 +277,8 @@ def blame(source: object, advice: str = "") -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{source} cannot be used ({reason(error)}){advice and '; ' + advice}")
+        what = reason(error).removeprefix(f"{source}: ")
+        raise InputError(f"{source} cannot be used ({what}){advice and '; ' + advice}")
 
 
 def reason(error: Exception) -> str:
@@ -362,8 +363,8 @@ CONFIG_FIXED = {                   # under other settings theirs is not the arch
         "weight_tying": False, "scale_logits": False, "input_emb_norm": False,
     },
     "dream": {
-        "hidden_act": "silu", "tie_word_embeddings": False, "rope_scaling": None,
-        "rope_type": "default", "use_sliding_window": False, "use_mrope": False,
+        "hidden_act": "silu", "tie_word_embeddings": False, "use_sliding_window": False,
+        "use_mrope": False,
     },
 }
 MODULE_NAMES = {                   # with .weight or .bias at the end on both sides
@@ -396,6 +397,7 @@ MODULE_NAMES = {                   # with .weight or .bias at the end on both si
         "layers.{}.down": "model.layers.{}.mlp.down_proj",
     },
 }
+LAYOUT = "give a folder with config.json, *.safetensors and the tokeniser's files"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -409,9 +411,16 @@ def original_name(kind: str, name: str) -> str:
     return MODULE_NAMES[kind][pattern].format(*numbers) + "." + suffix
 
 
+def refuse_pointer(data: bytes) -> None:
+    if data.startswith(b"version "):
+        raise ValueError("it is git-lfs's pointer to a file, not the file: run git lfs pull")
+
+
 def read_json(path: Path) -> dict:
-    with blame(path):
-        value = json.loads(path.read_bytes())
+    with blame(path, LAYOUT):
+        data = path.read_bytes()
+        refuse_pointer(data)
+        value = json.loads(data)
         if not isinstance(value, dict):
             raise ValueError("it holds no JSON object")
     return value
@@ -421,22 +430,26 @@ def read_config(folder: Path) -> Config:
     """The architecture that a folder's config.json describes. Raises InputError."""
     path = folder / "config.json"
     entries = read_json(path)
-    entries |= entries.pop("rope_parameters", None) or {}      # where transformers 5 has them
     kind = str(entries.pop("model_type", None)).lower()
     ensure(kind in CONFIG_FIXED, f"{path} has model_type {kind!r}; give a folder of LLaDA, Dream "
            "or a tiny run")
     for key, want in CONFIG_FIXED[kind].items():
         ensure(entries.get(key, want) == want, f"{path} sets {key}; only {want!r} is implemented")
-    with blame(path):
+    with blame(path, LAYOUT):
         if kind == "tiny":
             return Config(**entries)
+        # where transformers 5 has the base of the rotary embedding, and any has its scaling
+        rope = (entries.get("rope_scaling") or {}) | (entries.get("rope_parameters") or {})
+        if (rope.get("rope_type") or rope.get("type") or "default") != "default":
+            raise ValueError(f"its rotary embedding is scaled, {rope}, which is not implemented")
+        entries["rope_theta"] = rope.get("rope_theta", entries.get("rope_theta"))
         entries["embedding_size"] = entries.get("embedding_size") or entries["vocab_size"]
         values = {ours: entries[theirs] for ours, theirs in CONFIG_KEYS[kind].items()}
         wrong = [CONFIG_KEYS[kind][ours] for ours, value in values.items()
-                 if not 0 <= value < 2 ** 31]                  # nan is neither
+                 if not (isinstance(value, int | float) and 0 <= value < 2 ** 31)]     # no nan
         ids = [values["mask_id"], values["eos_id"], values["pad_id"]]
         if wrong or max(ids) >= values["vocab_size"]:
-            raise ValueError(f"{wrong or 'a token id'} is out of range")
+            raise ValueError(f"{', '.join(wrong) or 'a token id'} is no sound number")
         return replace(LLADA if kind == "llada" else DREAM, **values)
 
 
@@ -459,11 +472,10 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     The file: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape,
     data_offsets}}, the tensors. Raises InputError for a file that is cut short or another thing.
     """
-    with blame(path), open(path, "rb") as file:
+    with blame(path, LAYOUT), open(path, "rb") as file:
         size = path.stat().st_size
         first = file.read(8)
-        if first == b"version ":
-            raise ValueError("it is git-lfs's pointer to a file, not the file: run git lfs pull")
+        refuse_pointer(first)
         end_of_header = 8 + int.from_bytes(first, "little")
         if end_of_header > size:
             raise ValueError(f"{size:,} bytes do not hold its header")
@@ -517,15 +529,18 @@ def load_backbone(path_or_release: str | Path, *, device: str | torch.device = "
     expected = {name: list(p.shape) for name, p in zip(names, backbone.parameters())}
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     for name in sorted(expected | shapes):
-        ensure(shapes.get(name) == expected.get(name), f"{folder} has shape {shapes.get(name)} for "
-               f"tensor {name!r} where its config.json wants {expected.get(name)}; give a folder "
-               "whose config.json and weights belong together")
+        found, want = shapes.get(name), expected.get(name)
+        ensure(found == want, f"{folder} has {found or 'no'} tensor {name!r} where its config.json "
+               f"wants {want or 'none'}; give a folder whose config.json and weights belong "
+               "together")
 
     if dtype is None:
         entries = read_json(folder / "config.json")
         stored_dtypes = [tensor.dtype for tensor in stored.values()]
         name = entries.get("torch_dtype") or entries.get("dtype")      # the newer name
-        dtype = getattr(torch, str(name), max(stored_dtypes, key=stored_dtypes.count))
+        dtype = getattr(torch, str(name), None)
+        if dtype not in DTYPES.values():
+            dtype = max(stored_dtypes, key=stored_dtypes.count)
     weights = {ours: stored[name].read().to(device, dtype)
                for (ours, _), name in zip(backbone.named_parameters(), names)}
     backbone.load_state_dict(weights, assign=True)
@@ -556,7 +571,7 @@ def save_backbone(backbone: Backbone, folder: Path, words: list[str]) -> None:
 
 def variable(name: str, default: str | Path) -> Path:
     """A folder that the environment may name, with ~ and $VARIABLES in it."""
-    return Path(os.path.expandvars(os.environ.get(name) or default)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(os.environ.get(name) or default)))
 
 
 def cache_folder() -> Path:
@@ -590,11 +605,13 @@ def download(url: str, path: Path, sha256: str | None = None) -> None:
 
 
 def find_weights(name: str | Path) -> Path:
-    """The checkpoint folder of that name: a folder itself; for a release or ORGANISATION/MODEL on
-    the hub the one in the Hugging Face cache, or else our own download. Raises InputError where
-    there is none and none can be fetched."""
-    if Path(name).is_dir():
-        return Path(name)
+    """The checkpoint folder of that name: a folder itself, of a run its backbone; for a release or
+    ORGANISATION/MODEL on the hub the one in the Hugging Face cache, or else our own download.
+    Raises InputError where there is none and none can be fetched."""
+    folder = Path(name)
+    if folder.is_dir():
+        of_run = folder / "backbone"
+        return of_run if of_run.is_dir() else folder
     known = RELEASES.get(str(name))
     repository = known.repository if known else str(name)
     ensure(re.fullmatch(r"[\w.-]+/[\w.-]+", repository), f"there is no folder {name}; give one, "
@@ -808,7 +825,7 @@ def load_tokenizer(path_or_release: str | Path) -> Tokenizer:
     vocab.json, merges.txt, tokenizer_config.json. Raises InputError for files of another form."""
     folder = find_weights(path_or_release)
     config = read_config(folder)
-    with blame(f"the {config.kind} tokeniser in {folder}"):
+    with blame(f"the {config.kind} tokeniser in {folder}", LAYOUT):
         if config.kind == "llada":
             tokenizer = read_llada_tokenizer(folder)
         elif config.kind == "dream":

@@ -80,7 +80,9 @@ def run_program(main: Callable[[], None], if_interrupted: str) -> None:
     """Call a program's main. Whatever goes wrong ends it with one sentence and exit status 1, after
     Ctrl-C 130. TRACEBACK=1 in the environment shows where it went wrong."""
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        sys.stdout = sys.stdout or open(os.devnull, "w")       # it may be closed
+        sys.stderr = sys.stderr or open(os.devnull, "w")
+        for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")       # a terminal may know ASCII only
         main()
         print(end="", flush=True)                      # a full disk shows here, not at exit
@@ -154,6 +156,8 @@ def start_device(name: str | None, kind: str) -> tuple[torch.device, Processes]:
                                        # they work; one gives the same numbers to the bit everywhere
     with blame("RANK and WORLD_SIZE", "start by torchrun, or unset them"):
         processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if not 0 <= processes.rank < processes.world:
+            raise ValueError(f"there is no process {processes.rank} of {processes.world}")
         if processes.world > 1:
             backend = "nccl" if device.type == "cuda" else "gloo"
             # the first to finish an evaluation may wait for hours for the last
@@ -211,17 +215,21 @@ def choose_models(args: argparse.Namespace) -> Choice:
     if name is None:
         with blame(memory_path, "give a checkpoint that train.py wrote"):
             name = checkpoint["backbone"]["name"]
-    weights = args.weights or (str(run / "backbone") if name == "tiny" else name)
+    weights = args.weights or (str(run) if name == "tiny" else name)
     chat = is_chat(name) if args.chat is None else args.chat
     if args.no_memory:
         memory_path = None
-    print(f"model: {name} from {weights}, memory: {memory_path}", file=sys.stderr)
+    print(f"model: {name} from {weights}, {'as a chat' if chat else 'plain text'}, memory: "
+          f"{memory_path}", file=sys.stderr)
     return Choice(name, weights, kind_of(weights), chat, memory_path, checkpoint)
 
 
 def is_chat(name: str) -> bool:
-    """Whether a model of that name speaks in turns; a base model goes on with plain text."""
-    return "base" not in Path(name).name.lower()
+    """Whether a model of that name speaks in turns; a base model goes on with plain text. Of a
+    folder in the Hugging Face cache the model's part counts, not the snapshot's."""
+    *parents, last = Path(name).resolve().parts
+    names = [last, *(part for part in parents if part.startswith("models--"))]
+    return not any("base" in part.lower() for part in names)
 
 
 class Models(NamedTuple):
@@ -405,8 +413,8 @@ def main() -> None:
         n_blanks = len(re.findall(BLANK, args.infill))
         ensure(n_blanks, "--infill has no blank; write a _ that stands alone for each token to "
                "fill in")
-        ensure(args.gen_length is None and args.block_length is None, "--infill says how long the "
-               "answer is; omit --gen-length and --block-length")
+        ensure(not (args.gen_length or args.block_length or args.cache), "--infill says how long "
+               "the answer is; omit --gen-length, --block-length and --cache")
         remasking = defaults.get("remasking", Sampling.remasking)
         defaults = dict(remasking=remasking, gen_length=0, steps=n_blanks)
     settings = sampling_settings(args, defaults)
@@ -422,7 +430,7 @@ def main() -> None:
         # it ends as answers do in training: with end-of-text, up to the usual length
         ids += [c.eos_id] * (n_prompt + usual_length - len(ids))
     warn_of_length(c, len(ids) + settings["gen_length"])
-    batch = torch.tensor([ids] * args.num_samples, device=device)      # (B, P)
+    batch = torch.tensor([ids] * args.num_samples, dtype=torch.long, device=device)    # (B, P)
 
     # 3. the answers
     print(prompt)

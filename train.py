@@ -51,11 +51,10 @@ def read_text(item: Any) -> Text:
         case {"prompt": str(prompt), "completion": str(completion)}:
             return Text(prompt, completion)
         case {"messages": [*turns]}:
-            for turn in turns:
-                match turn:
-                    case {"role": str(), "content": str()}:
-                        continue
-                raise ValueError("a message has no role or content that is text")
+            for number, turn in enumerate(turns, 1):
+                for key in ("role", "content"):
+                    if not (isinstance(turn, dict) and isinstance(turn.get(key), str)):
+                        raise ValueError(f"{key} of message {number} is no text")
             while turns and turns[-1]["role"] != "assistant":
                 turns.pop()
             if len(turns) > 1:

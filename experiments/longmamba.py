@@ -377,7 +377,7 @@ def plot(results: list[dict], path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(LENGTHS, LENGTHS)
     axis.set(xlabel=f"tokens of the input (trained at {TRAIN_LENGTH})", ylim=(0, 103),
-             ylabel="needles recalled (%)", title="Writing less keeps the needles that Mamba forgets")
+             ylabel="needles recalled (%)", title="Writing less keeps needles that Mamba forgets")
     figure.savefig(path, dpi=200)
 
 

@@ -17,6 +17,7 @@ import sample
 import train
 from folders import save_llada, save_run
 from metastate import preset
+from model import InputError, find_weights
 from processes import Program, run
 
 PROGRAMS = {"train.py": train, "eval_gsm8k.py": eval_gsm8k, "sample.py": sample}
@@ -275,6 +276,36 @@ def test_an_output_that_fails_is_one_sentence(reason, tmp_path):
     assert program.wait() == 1
     said = errors.read_text().splitlines()             # the first names the model
     assert said[1:] == [f"error: the output: {reason}"]
+
+
+def test_streams_that_are_closed_lose_what_is_said_and_nothing_else(monkeypatch):
+    done = []
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def main():
+        print("to nobody")
+        print("to nobody", file=sys.stderr)
+        done.append(True)
+
+    sample.run_program(main, "")
+    assert done
+
+
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "0"), ("0", "-2"), ("x", "2")])
+def test_processes_that_cannot_be_are_refused(rank, world, monkeypatch):
+    """A negative number of them would turn the sign of the loss."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(InputError, match="RANK and WORLD_SIZE .*start by torchrun"):
+        sample.start_device("cpu", "tiny")
+
+
+def test_without_a_home_the_cache_that_is_named_is_used(tmp_path, monkeypatch):
+    save_llada(tmp_path / "hub" / "models--org--x" / "snapshots" / "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)      # as where nobody has one
+    assert find_weights("org/x") == tmp_path / "hub" / "models--org--x" / "snapshots" / "1"
 
 
 def test_a_terminal_that_knows_ascii_only(tmp_path):

@@ -258,7 +258,7 @@ def test_what_a_folder_lacks_is_named(tmp_path):
     save_llada(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b"blocks.1.q_proj", b"blocks.1.q_proy"))
-    with refused(r"shape None for tensor 'model.*q_proj.weight' .* wants \[16, 16\]"):
+    with refused(r"has no tensor 'model.*q_proj.weight' .* wants \[16, 16\]"):
         load_backbone(tmp_path)
     path.rename(tmp_path / "pytorch_model.bin")
     with refused("no tensors in .*only config.json, pytorch_model.bin, tokenizer.json"):
@@ -271,13 +271,15 @@ def test_what_a_folder_lacks_is_named(tmp_path):
 @pytest.mark.parametrize("changes, what", [
     (dict(model_type="gpt2"), "model_type 'gpt2'; give a folder of LLaDA, Dream"),
     (dict(alibi=True), "sets alibi; only False is implemented"),
-    (dict(n_layers=4), "shape None for tensor .* wants "),
-    (dict(mlp_hidden_size=64), r"shape \[64, 160\] for tensor .* wants \[64, 64\]"),
+    (dict(n_layers=4), "has no tensor .* wants "),
+    (dict(mlp_hidden_size=64), r"has \[64, 160\] tensor .* wants \[64, 64\]"),
     (dict(n_layers=1e9), "30 tensors, too few for the 1000000000.0 layers"),
     (dict(n_layers=-1), "n_layers"),
     (dict(mask_token_id=320), "token id"),
     (dict(rms_norm_eps=float("nan")), "rms_norm_eps"),
-    (dict(model_type="dream", rope_parameters=dict(rope_type="yarn")), "sets rope_type"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "rotary embedding is scaled"),
+    (dict(rope_scaling=dict(type="linear", factor=2)), "rotary embedding is scaled"),
+    (dict(n_kv_heads=None), "n_kv_heads is no sound number"),
     (b"[]", "no JSON object"), (b"[" * 100_000, "recursion"),
 ], ids=lambda value: str(value)[:60])
 def test_configs_that_do_not_fit_are_refused(changes, what, tmp_path):

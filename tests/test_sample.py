@@ -178,8 +178,8 @@ def test_what_the_options_of_models_mean(run):
     state["backbone"]["name"] = "llada"
     torch.save(state, other)
     save_llada(Path("hf/hub/models--org--x-base/snapshots/abc"))
-    tiny = ("tiny", str(TINY / "backbone"), "tiny", True)
-    s1 = ("tiny", "out/s1/backbone", "tiny", True)
+    tiny = ("tiny", str(TINY), "tiny", True)
+    s1 = ("tiny", "out/s1", "tiny", True)
     folder = ("out/s1/backbone", "out/s1/backbone", "tiny", True)
     for options, expected in [
         ("", (*tiny, TINY / "memory.pt")),
@@ -190,6 +190,9 @@ def test_what_the_options_of_models_mean(run):
         ("--init out/s1 --no-memory", (*s1, None)),
         ("--init out/s1/backbone", (*folder, None)),
         ("--init out/s1/backbone --memory out/s1/memory.pt", (*folder, own)),
+        ("--init out/s1 --memory out/s1/memory.pt", ("out/s1", "out/s1", "tiny", True, own)),
+        ("--init hf/hub/models--org--x-base/snapshots/abc", (
+            *["hf/hub/models--org--x-base/snapshots/abc"] * 2, "llada", False, None)),
         ("--memory out/big/memory.pt", ("llada", "llada", "llada", True, other)),
         ("--init llada-base", ("llada-base", "llada-base", "llada", False, None)),
         ("--init dream --weights out/s1/backbone", ("dream", folder[1], "tiny", True, None)),
