@@ -99,7 +99,7 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     context = backbone.context(ids)
     anchors = memory.anchors(maskable)
     slots = memory.initial(len(ids))                                   # (B, M, d)
-    n_total = maskable.sum(1)                                          # (B,)
+    n_total = maskable.sum(1)                                          # (B,), an answer has an end
 
     def denoise(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A step over the canvas with these positions (B, T) masked: h (B, T, D), new slots."""
@@ -123,7 +123,8 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         h, slots = denoise(masked, slots)                              # (B, T, D), (B, M, d)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
-        ce, log_p = cross_entropy(backbone, backbone.pick(h, masked), ids[masked])     # (N,) both
+        picked = backbone.pick(h, masked)                              # (N, D), N may be 0
+        ce, log_p = cross_entropy(backbone, picked, ids[masked])       # (N,) both
         ce = spread(ce, masked)                                        # (B, T)
         confidence = spread(log_p, masked)                             # (B, T)
 
@@ -138,8 +139,10 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         loss = loss + (w_k * (lam * dense_loss + (1 - lam) * reveal_loss)).mean()
         dense_by_step.append(dense_loss.detach().mean())
 
-        # 5. reveal the ground truth; between steps the gradient has no way but the memory
+        # 5. reveal: what is no longer masked shows the ground truth
         masked = masked & ~revealed
+
+        # 6. carry on: the memory is the gradient's only path from a step to the next
         slots = CARRY[carry](memory, slots)
     return loss, torch.stack(dense_by_step)
 
@@ -238,6 +241,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
 
     block_length = sampling.gen_length // sampling.n_blocks
     for i in range(sampling.n_blocks):
+        # Its columns; masks in the prompt are filled with the first block, or are all there is.
         block = slice(P + i * block_length, P + (i + 1) * block_length)        # its columns
         n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)         # (B,) to fill in this block
         first_step = -sampling.think if i == 0 else 0                  # below 0: only think
@@ -337,7 +341,9 @@ class Trajectory:
         t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B,) of the whole canvas
         at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
 
-        if sampling.cache and state.step > 0:                          # from here on T is the block
+        # Under the cache thinking passes and the first of a block run the whole canvas, the others
+        # the block alone, which then is all that the Mixer sees; from here on T is what is run.
+        if sampling.cache and state.step > 0:
             canvas, eligible = canvas[:, state.block], eligible[:, state.block]
             context = context.at(state.block)
             anchors = anchors and anchors.at(state.block)

@@ -351,8 +351,8 @@ def compare(a: Path, b: Path) -> None:
     difference, low, high = paired_interval(right_before, right_after)
     print(f"A, {a}: {np.mean(right_before):.1%} of {len(both)} problems\n"
           f"B, {b}: {np.mean(right_after):.1%}\n"
-          f"B - A: {100 * difference:+.1f} points (95 % of problems, paired: {100 * low:+.1f} to "
-          f"{100 * high:+.1f})")
+          f"B - A: {100 * difference:+.1f} points (95 % interval, paired over problems: "
+          f"{100 * low:+.1f} to {100 * high:+.1f})")
 
 
 def print_score(path: Path, n_new: int, seconds: float) -> None:

@@ -70,7 +70,8 @@ def preset(backbone: Backbone) -> MemoryConfig:
 
 def masked_fraction(ids: Tensor, maskable: Tensor, mask_id: int) -> Tensor:
     """Time t (B,) in [0, 1], in training and in sampling: masked tokens / maskable tokens."""
-    masked = (ids == mask_id) & maskable       # (B, T); guidance, a sampler's, masks the prompt
+    # a prompt that guidance has masked (diffusion.Trajectory) does not count
+    masked = (ids == mask_id) & maskable                               # (B, T)
     return masked.sum(1) / maskable.sum(1).clamp(min=1)
 
 
@@ -158,7 +159,7 @@ class Updater(nn.Module):
         z = torch.sigmoid(read_z + slots_z)        # update gate: how much of a slot is replaced
         r = torch.sigmoid(read_r + slots_r)        # reset gate: how much of it the new value sees
         n = torch.tanh(read_n + r * slots_n)       # the new value
-        return (1 - z) * slots + z * n                                 # (B, M, d)
+        return (1 - z) * slots + z * n             # (B, M, d), float32 as slots are
 
 
 class Anchors(NamedTuple):
@@ -168,8 +169,8 @@ class Anchors(NamedTuple):
 
     def at(self, columns: slice) -> "Anchors":
         """Those of some of the T tokens."""
-        # contiguous, as attention's fused kernels want a mask
-        return Anchors(self.to_slots[:, :, columns], self.to_tokens[..., columns].contiguous())
+        to_slots, to_tokens = self.to_slots[:, :, columns], self.to_tokens[..., columns]
+        return Anchors(to_slots.contiguous(), to_tokens.contiguous())  # as fused attention wants it
 
 
 class MetaState(nn.Module):
@@ -215,13 +216,13 @@ class MetaState(nn.Module):
 
         The slots stand evenly along the maskable positions, so that each looks first at its own
         stretch of the answer: -(sharpness * distance) ** 2, distance in units of slots. Prompt and
-        padding do not move the anchors: they all stand just before the answer. A free head
-        (sharpness 0) sees all alike, and stays free: at 0 the square has no slope.
+        padding do not move them: all tokens before the answer are placed just before it. A free
+        head (sharpness 0) sees all alike, and stays free: at 0 the square has no slope.
         """
         M = self.config.n_slots
         n_maskable = maskable.sum(1, keepdim=True).clamp(min=1)        # (B, 1)
-        middle = (maskable.cumsum(1) - 0.5) / n_maskable       # (B, T) of a token, in answers
-        token_place = middle * M - 0.5                         # (B, T), 0 at slot 0's own middle
+        middle = (maskable.cumsum(1) - 0.5) / n_maskable       # (B, T) of a token, as a fraction
+        token_place = middle * M - 0.5                         # (B, T), 0 is slot 0's middle
         slot_place = torch.arange(M, device=maskable.device)           # (M,)
         distance = token_place[:, None, None, :] - slot_place[:, None]         # (B, 1, M, T)
         mixer_sharpness, injector_sharpness = self.sharpness[:, :, None, None]     # (H, 1, 1)
@@ -230,7 +231,7 @@ class MetaState(nn.Module):
         if attention_mask is not None:
             is_padding = attention_mask[:, None, None, :] == 0         # (B, 1, 1, T)
             to_tokens = to_tokens.masked_fill(is_padding, float("-inf"))
-        return Anchors(to_slots.contiguous(), to_tokens)
+        return Anchors(to_slots.contiguous(), to_tokens)               # as fused attention wants it
 
     def step(self, backbone: Backbone, ids: Tensor, slots: Tensor, *, t: Tensor, anchors: Anchors,
              context: Context) -> tuple[Tensor, Tensor]:
@@ -243,8 +244,8 @@ class MetaState(nn.Module):
         h = backbone.embed(ids)                                        # (B, T, D)
         # The memory's weights are float32; it computes in the backbone's precision.
         precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
-        # The modules are recomputed, too: else autocast would keep a copy of their weights in the
-        # backbone's precision for every step of an unroll.
+        # The modules are recomputed, too: each block below casts their weights anew, and the graph
+        # would keep that copy for every step of an unroll.
         recompute = backbone.recompute
 
         # 1. write: every token asks the slots, and what they say joins its embedding
@@ -257,7 +258,8 @@ class MetaState(nn.Module):
         # 2. run: the frozen layers work with what was written
         h = backbone.run(h, context)                                   # (B, T, D)
 
-        # 3. read: every slot asks the tokens
+        # 3. read: every slot asks the tokens (Dream's h stands one token early, which is little
+        # against a slot's stretch)
         with precision:
             read = recomputed(self.mixer, slots, h, t_cond, anchors.to_tokens,
                               enabled=recompute)                       # (B, M, d)
@@ -265,7 +267,7 @@ class MetaState(nn.Module):
         # 4. update: every slot keeps of it what its gates admit
         with precision:
             slots = recomputed(self.updater, slots, read, t_cond,
-                               enabled=recompute)                      # (B, M, d), float32
+                               enabled=recompute)                      # (B, M, d)
         return h, slots
 
 

@@ -115,7 +115,7 @@ class Context(NamedTuple):
     columns: slice | None = None   # what this pass runs; None: the whole canvas
 
     def at(self, columns: slice) -> "Context":
-        """The context of a pass over these columns."""
+        """The context of a pass over these columns; its keys are still the whole canvas's."""
         return self._replace(cos=self.cos[:, :, columns], sin=self.sin[:, :, columns],
                              columns=columns)
 
@@ -189,7 +189,7 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for p in self.parameters():
-            if p.dim() == 2 and not p.is_meta:         # what is loaded needs no draws
+            if p.dim() == 2 and not p.is_meta:         # load_backbone needs the shapes alone
                 nn.init.normal_(p, std=0.1)
 
     @property
@@ -227,7 +227,8 @@ class Backbone(nn.Module):
     def pick(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
         (B, T): (N, D), or (B, T, D) without."""
-        if self.config.shift:          # nothing stands before the first column: it keeps its own
+        if self.config.shift:          # nothing stands before the first column, which keeps its own
+                                       # (of a block under the cache: see diffusion.reveal)
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)                # (B, T, D)
         return h if wanted is None else h[wanted]
 

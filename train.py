@@ -134,7 +134,7 @@ def tokenise(texts: list[Text], tokenizer: Tokenizer, eos_id: int, max_length: i
     examples = []
     for text in tqdm(texts, "tokenise", leave=False, disable=None):
         try:
-            if isinstance(text.prompt, str):
+            if isinstance(text.prompt, str):           # as it stands
                 prompt = tokenizer.encode(text.prompt, special=False)
             elif chat:
                 prompt = tokenizer.chat(text.prompt)
@@ -222,8 +222,8 @@ def backbone_draws(rng: np.random.Generator, maskable: np.ndarray) -> dict:
 
 
 def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
-    # Some visible tokens are scored, too. So the layer learns to keep a token whose embedding is in
-    # the residual stream, and will not erase what the Injector writes at a masked position.
+    # Some visible tokens are scored, too: so the layers learn to keep what they find in the
+    # residual stream. What the Injector writes will stand there as a token's embedding does.
     loss = diffusion_loss(backbone, **batch, visible_share=VISIBLE_SHARE)
     return loss, loss.new_empty(0)     # no steps, so no parts
 
@@ -300,7 +300,7 @@ def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> 
     its parts. A process takes its rows in micro-batches; then the processes add up."""
     rank, world = run.processes
     n_parts = world * run.args.accumulate
-    n_rows = len(batch["ids"]) // n_parts
+    n_rows = len(batch["ids"]) // n_parts      # check_options sees that it divides
     losses = 0
     for part in range(rank * run.args.accumulate, (rank + 1) * run.args.accumulate):
         rows = slice(part * n_rows, (part + 1) * n_rows)
@@ -326,6 +326,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
     """Train model in place, its checkpoint in path, a log beside it. lr: the peak. backbone: name
     and digest of the one that a memory is trained on."""
     is_first_process = run.processes.rank == 0
+    # arguments() has seen to it that a resumed run has its checkpoint's settings
     settings = {key: value for key, value in vars(run.args).items() if key not in ("out", "resume")}
     made_with = {"settings": settings, "backbone": backbone,
                  "data": digest(run.examples)}

@@ -319,7 +319,7 @@ def test_two_files_are_compared_problem_by_problem(folder, monkeypatch, capsys):
     run(monkeypatch, "--compare", "a.jsonl", "b.jsonl")
     assert capsys.readouterr().out == (
         "A, a.jsonl: 25.0% of 4 problems\nB, b.jsonl: 75.0%\n"
-        "B - A: +50.0 points (95 % of problems, paired: +0.0 to +100.0)\n")
+        "B - A: +50.0 points (95 % interval, paired over problems: +0.0 to +100.0)\n")
     with pytest.raises(SystemExit, match="different ones under one number"):
         run(monkeypatch, "--compare", "a.jsonl", "c.jsonl")
     with pytest.raises(SystemExit, match="data.jsonl cannot be used .*; give a file of results"):
