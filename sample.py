@@ -118,7 +118,7 @@ def between(kind: type, low: float, high: float) -> Callable[[str], int | float]
     def parse(text: str) -> int | float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
     parse.__name__ = kind.__name__     # argparse names it where the text is no number at all

@@ -295,6 +295,12 @@ class Run(NamedTuple):
     device: torch.device
 
 
+def tensors(batch: dict, rows: slice, device: torch.device) -> dict:
+    """Some rows of a batch on the device; think is one number for all rows."""
+    return {name: value if isinstance(value, int) else torch.from_numpy(value[rows]).to(device)
+            for name, value in batch.items()}
+
+
 def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> list[float]:
     """Leave the gradient of the mean over the global batch in the parameters; returns that mean and
     its parts. A process takes its rows in micro-batches; then the processes add up."""
@@ -304,9 +310,7 @@ def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> 
     losses = 0
     for part in range(rank * run.args.accumulate, (rank + 1) * run.args.accumulate):
         rows = slice(part * n_rows, (part + 1) * n_rows)
-        piece = {name: value if isinstance(value, int)         # think is one for all rows
-                 else torch.from_numpy(value[rows]).to(run.device) for name, value in batch.items()}
-        value, parts = loss(model, piece)
+        value, parts = loss(model, tensors(batch, rows, run.device))
         (value / n_parts).backward()
         losses = losses + torch.cat((value.detach()[None], parts)) / n_parts
     if world > 1:
@@ -419,7 +423,29 @@ def train_memory(run: Run, backbone: Backbone, path: Path) -> MetaState:
     return memory
 
 
+@torch.no_grad()
+def held_out_losses(run: Run, backbone: Backbone, memory: MetaState, examples: list[TokenIds]
+                    ) -> dict[str, float]:
+    """unroll's mean loss over examples that no training saw, without first passes: of the frozen
+    backbone, of the memory reset before every step, and of the memory."""
+    batches = Batches(examples, 1, run.answer_length, backbone.config.pad_id, run.args.seed,
+                      memory_draws(run.args))
+    untrained = MetaState(memory.config).to(run.device)        # a no-op: the frozen backbone
+    losses = {}
+    for name, module, carry in (("frozen", untrained, "keep"), ("memory reset", memory, "reset"),
+                                ("MetaState", memory, "keep")):
+        by_example = []
+        for i in range(len(examples)):
+            batch = tensors(batches(i), slice(None), run.device) | {"think": 0}
+            loss, _ = unroll(backbone, module, **batch, lam=run.args.lam, carry=carry)
+            by_example.append(loss.item())
+        losses[name] = float(np.mean(by_example))
+    return losses
+
+
 # ----------------------------------------------------------------------------------- THE PROGRAM
+
+HELD_OUT = 100                         # examples at most, of the last tenth
 
 DEFAULTS = dict(
     init="tiny", weights=None, resume=False, seed=0, device=None, compile=False, data=None,
@@ -542,7 +568,8 @@ def main() -> None:
     device, processes = start_device(args.device, kind)
     check_options(args, processes.world)
     is_first_process = processes.rank == 0
-    n_problems = args.problems if kind == "tiny" and args.data is None else 0
+    built_in = kind == "tiny" and args.data is None
+    n_problems = args.problems if built_in else 0
     if is_first_process:
         plan = [f"backbone, {args.backbone_iters} iterations"] if own_backbone else []
         plan.append(f"memory, {args.iters} iterations")
@@ -554,6 +581,9 @@ def main() -> None:
     tokenizer = tiny_tokenizer(WORDS) if own_backbone else load_tokenizer(weights)
     config = TINY if own_backbone else read_config(find_weights(weights))
     examples = tokenise(texts, tokenizer, config.eos_id, args.max_length, is_chat(args.init))
+    n_held_out = 0 if built_in else min(HELD_OUT, len(examples) // 10)
+    held_out = examples[len(examples) - n_held_out:]
+    examples = examples[:len(examples) - n_held_out]
     answer_length = DIAL_LENGTH if kind == "tiny" else 0
     run = Run(args, args.out, examples, answer_length, processes, device)
     if own_backbone:
@@ -567,7 +597,11 @@ def main() -> None:
     # 2. its memory
     memory = train_memory(run, backbone, args.out / "memory.pt")
 
-    # 3. the table
+    # 3. the score: the table of the built-in problems, or the loss of what was held out
+    if is_first_process and held_out:
+        losses = held_out_losses(run, backbone, memory, held_out)
+        shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        print(f"loss of {n_held_out} held-out examples: {shown}")
     if is_first_process and n_problems:
         problems = dial_problems(args.split, n_problems)
         text, results = thinking_table(backbone, tokenizer, problems, memory)

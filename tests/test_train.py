@@ -3,6 +3,7 @@ destroys what it finds."""
 import argparse
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -19,10 +20,10 @@ from torch import nn
 import train
 from conftest import ROOT, at_most
 from folders import save_llada
-from metastate import MetaState, load_checkpoint
+from metastate import MetaState, load_checkpoint, preset
 from model import TINY, Backbone, InputError, load_backbone, tiny_tokenizer
 from processes import LIMIT, Program, run_two
-from sample import WORDS, Processes, dial_problems
+from sample import DIAL_LENGTH, WORDS, Processes, dial_problems
 from train import Text, TokenIds
 
 TOKENIZER = tiny_tokenizer(WORDS)
@@ -60,6 +61,37 @@ def whole(tmp_path_factory):
     data.write_text("\n".join(map(json.dumps, dial_problems("train", 60))))
     start("--out", folder / "run", "--data", data, *SMALL)
     return folder / "run", data
+
+
+def test_the_last_tenth_of_own_data_is_held_out_and_its_loss_told(tmp_path, monkeypatch, capsys):
+    seen = []
+    fit, held_out_losses = train.fit, train.held_out_losses
+    monkeypatch.setattr(train, "fit", lambda run, *rest, **more: (
+        seen.append(run.examples), fit(run, *rest, **more)))
+    monkeypatch.setattr(train, "held_out_losses", lambda *given: (
+        seen.append(given[3]), held_out_losses(*given))[1])
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": "a" * n, "completion": "b"}) for n in range(1, 31)]
+    data.write_text("\n".join(lines))
+    start("--out", tmp_path / "run", "--data", data, *SMALL)
+    assert [[len(e.prompt) for e in examples] for examples in seen] == [
+        list(range(1, 28))] * 2 + [[28, 29, 30]]
+    said = capsys.readouterr().out
+    numbers = re.search(r"of 3 held-out examples: frozen (.+), memory reset (.+), MetaState (.+)",
+                        said)
+    assert len(set(numbers.groups())) == 3
+
+
+def test_an_untrained_memory_has_the_held_out_loss_of_the_frozen_backbone():
+    torch.manual_seed(0)
+    backbone = Backbone(TINY).requires_grad_(False)
+    args = argparse.Namespace(seed=0, alpha=1.0, K=3, think=8, confident=1.0, lam=0.5)
+    run = train.Run(args, None, [], DIAL_LENGTH, Processes(0, 1), torch.device("cpu"))
+    texts = list(map(train.read_text, dial_problems("train", 4)))
+    held_out = train.tokenise(texts, tiny_tokenizer(WORDS), TINY.eos_id, 64, True)
+    losses = train.held_out_losses(run, backbone, MetaState(preset(backbone)), held_out)
+    assert list(losses) == ["frozen", "memory reset", "MetaState"]
+    assert len(set(losses.values())) == 1
 
 
 KILLED = """
