@@ -399,6 +399,17 @@ def test_a_memory_comes_back_as_it_was(backbone, memory, tmp_path):
     assert load_checkpoint(path)["digest"] != digest
 
 
+class Hostile:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code in a checkpoint was executed')",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"model": Hostile()}, tmp_path / "memory.pt")
+    with pytest.raises(InputError, match="memory.pt cannot be used"):
+        load_checkpoint(tmp_path / "memory.pt")
+
+
 def test_a_memory_of_another_backbone_is_refused(backbone, memory, tmp_path):
     path = tmp_path / "memory.pt"
     save(path, backbone, memory)
