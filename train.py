@@ -332,8 +332,7 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
     is_first_process = run.processes.rank == 0
     # arguments() has seen to it that a resumed run has its checkpoint's settings
     settings = {key: value for key, value in vars(run.args).items() if key not in ("out", "resume")}
-    made_with = {"settings": settings, "backbone": backbone,
-                 "data": digest(run.examples)}
+    made_with = {"settings": settings, "backbone": backbone, "data": digest(run.examples)}
     both = optimizers(model)
     start = 0
     if run.args.resume and path.exists():
@@ -534,8 +533,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ensure(init != "tiny" or (out / "backbone.pt").exists(), f"{out} has no backbone.pt to go "
                "on with; give another --out")
     else:
-        ensure(not checkpoints, f"{out} holds a run; go on with it by --resume, or give another "
-               "--out")
+        has_run = checkpoints or (out / "backbone").exists()
+        ensure(not has_run, f"{out} holds a run; go on with it by --resume, or give another --out")
     weights = given.get("weights") or saved.get("weights") or init
     kind = "tiny" if init == "tiny" else kind_of(weights)
     by_kind = TINY_DEFAULTS if kind == "tiny" else LARGE_DEFAULTS

@@ -165,6 +165,13 @@ def test_a_run_is_never_overwritten(whole):
     assert before == contents(out)
 
 
+def test_a_backbone_without_checkpoints_is_not_overwritten(tmp_path):
+    (tmp_path / "backbone").mkdir()
+    (tmp_path / "backbone" / "model.safetensors").write_bytes(b"something")
+    with pytest.raises(InputError, match="holds a run"):
+        train.arguments(["--out", str(tmp_path)])
+
+
 def test_a_run_that_lost_its_backbone_is_not_begun_anew(whole, tmp_path):
     """assets/tiny for example: its backbone would be overwritten, then its memory be refused."""
     out = tmp_path / "run"
