@@ -242,7 +242,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     block_length = sampling.gen_length // sampling.n_blocks
     for i in range(sampling.n_blocks):
         # Its columns; masks in the prompt are filled with the first block, or are all there is.
-        block = slice(P + i * block_length, P + (i + 1) * block_length)        # its columns
+        block = slice(P + i * block_length, P + (i + 1) * block_length)
         n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)         # (B,) to fill in this block
         first_step = -sampling.think if i == 0 else 0                  # below 0: only think
         for step in count(first_step):

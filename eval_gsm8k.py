@@ -294,9 +294,10 @@ def percent(values: Sequence[bool]) -> str:
 def table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
     """A table for people, which is also Markdown."""
     width = max(map(len, rows))
+    widths = [max(5, *map(len, column)) for column in zip(header, *rows.values())]
 
     def line(name: str, cells: list[str]) -> str:
-        padded = [cell.rjust(max(5, len(column))) for cell, column in zip(cells, header)]
+        padded = [cell.rjust(n) for cell, n in zip(cells, widths)]
         return "|".join(["", name.ljust(width), *padded, ""])
 
     lines = [title, "", line("", header), "|---" * (len(header) + 1) + "|"]
@@ -442,8 +443,9 @@ def main() -> None:
                  "protocol": name, "rule": protocol.rule, "chat": protocol.chat,
                  "carry": args.carry, "seed": args.seed, "batch_size": args.batch_size,
                  "processes": world, "sampling": settings}
-    longest = max(len(problem_ids(models.tokenizer, protocol, p, shots)) for p in problems)
-    warn_of_length(models.backbone.config, longest + settings["gen_length"])
+    longest = max(problems, key=lambda problem: len(problem["question"]))
+    n_prompt = len(problem_ids(models.tokenizer, protocol, longest, shots))
+    warn_of_length(models.backbone.config, n_prompt + settings["gen_length"])
     out = args.out or results_path(choice, name, protocol, made_with)
     if rank == 0 and not out.exists():
         write_atomically(out, json.dumps({"setting": made_with}).encode() + b"\n")

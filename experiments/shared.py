@@ -73,11 +73,7 @@ def score(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict],
 
 
 def print_table(title: str, header: list[str], rows: dict[str, list[str]]) -> None:
-    """The table of eval_gsm8k.py, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(header, *rows.values())]
-    lines = [[cell.rjust(width) for cell, width in zip(cells, widths)]
-             for cells in (header, *rows.values())]
-    print(f"\n{table(title, lines[0], dict(zip(rows, lines[1:])))}", flush=True)
+    print(f"\n{table(title, header, rows)}", flush=True)
 
 
 def spread(shares: list[float]) -> str:
