@@ -274,12 +274,13 @@ def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict]
         batch = problems[first:first + batch_size]
         prompts = [problem_ids(tokenizer, PROTOCOLS["dial"], problem, ()) for problem in batch]
         ids, attention_mask = left_padded(prompts, backbone.config.pad_id, backbone.device)
+        wholes = [tokenizer.encode(problem["answer"]) + [backbone.config.eos_id]
+                  for problem in batch]
         right = []
 
         def judge(canvas: Tensor, report: Report) -> None:
             guesses = report.guess[:, ids.shape[1]:].tolist()
-            right.append([tokenizer.answer(guess) == problem["answer"]
-                          for guess, problem in zip(guesses, batch)])
+            right.append([guess[:len(whole)] == whole for guess, whole in zip(guesses, wholes)])
 
         generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
                  on_step=judge, gen_length=gen_length, think=n_passes - 1, steps=1)
