@@ -60,10 +60,10 @@ class MemoryConfig:
 
 
 def preset(backbone: Backbone) -> MemoryConfig:
-    """The memory for a backbone: about 0.6 % of an 8B one, 30 % of the tiny one."""
+    """The memory for a backbone: about 0.6 % of an 8B one, as large as the tiny one itself."""
     c = backbone.config
     if c.kind == "tiny":
-        return MemoryConfig(c.d_model, n_slots=16, d_slot=32, n_head=4, d_time=24)
+        return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64)
     # 11 heads of 128; 5 of them see the prompt as well as the answer
     return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5)
 

@@ -34,7 +34,7 @@ BUTTONS = ["red", "blue", "gold", "green", "black", "white", "pink", "brown"]
 BUTTON_RULES = [np.random.default_rng((7, i)).permutation(10).tolist() for i in range(len(BUTTONS))]
 PRESSES = 4
 N_PROBLEMS = 10 * len(BUTTONS) ** PRESSES
-SPLIT_ORDER = 42                       # seed of the order that the splits cut up
+SPLIT_ORDER = 41                       # seed of the order that the splits cut up
 SPLITS = {"test": slice(1000), "valid": slice(1000, 2000), "train": slice(2000, N_PROBLEMS)}
 # Every word of a problem is one token.
 WORDS = ["The", " dial", " shows", ".", " Press", " press", " then", ",", " gives", "\nAnswer:",

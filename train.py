@@ -211,7 +211,7 @@ class Batches:
 # loss(model, batch): the mean over the rows of a batch, and its parts, step by step.
 
 VISIBLE_SHARE = 0.1                    # of the maskable tokens is scored though visible
-THINK_SHARE = 0.8                      # of the batches begin with passes that reveal nothing
+THINK_SHARE = 0.5                      # of the batches begin with passes that reveal nothing
 
 
 def backbone_draws(rng: np.random.Generator, maskable: np.ndarray) -> dict:
@@ -450,9 +450,9 @@ DEFAULTS = dict(
     init="tiny", weights=None, resume=False, seed=0, device=None, compile=False, data=None,
     lam=0.5, alpha=1.0, carry="keep", keep_activations=False, backbone_iters=600,
     backbone_batch=128, backbone_lr=1e-2, split="test", problems=1000)
-TINY_DEFAULTS = dict(max_length=64, K=4, confident=1.0, think=32, iters=560, batch=64,
+TINY_DEFAULTS = dict(max_length=64, K=4, confident=1.0, think=64, iters=600, batch=64,
                      accumulate=1, lr=5e-3)
-LARGE_DEFAULTS = dict(max_length=1024, K=4, confident=0.0, think=8, iters=3000, batch=16,
+LARGE_DEFAULTS = dict(max_length=1024, K=4, confident=0.0, think=16, iters=3000, batch=16,
                       accumulate=16, lr=3e-4)
 # What may be given beside --resume; all else is the checkpoint's.
 MAY_CHANGE = ("out", "resume", "weights", "data", "device", "compile", "accumulate",
@@ -492,7 +492,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("alpha", POSITIVE, "Dirichlet concentration: the larger, the more alike the steps")
     option("confident", FRACTION, "share of the rows that reveal where the model is surest, not at "
            "random")
-    option("think", between(int, 0, 10 ** 5), "most batches begin with up to so many passes "
+    option("think", between(int, 0, 10 ** 5), "half of the batches begin with up to so many passes "
            "that reveal nothing and have no gradient")
     option("carry", None, "the memory between steps; reset is the memoryless control",
            choices=("keep", "reset"))

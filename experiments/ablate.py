@@ -98,7 +98,7 @@ VARIANTS = {
     "memoryless": Variant("trained and run with the initial slots in every step", RESET),
     "memoryless-2x": Variant("the same for twice the iterations", RESET, times=2),
     "injector-only": Variant("memoryless, the Injector with as many parameters as a whole memory",
-                             RESET, {"d_slot": 72}),
+                             RESET, {"d_slot": 148}),
     "looping": Variant("the run's memory, begun anew and run five times in every step",
                        kind=Looping, trained=False),
     "K=2": Variant("steps that are unrolled, instead of 4", {"K": 2}),
@@ -117,10 +117,10 @@ VARIANTS = {
     "half-free": Variant("half of the heads free", fields={"n_free_head": 2}),
     "1-slot": Variant("instead of 16", fields={"n_slots": 1}),
     "4-slots": Variant("instead of 16", fields={"n_slots": 4}),
-    "small": Variant("a memory with 10 % of the backbone's parameters, instead of 30 %",
-                     fields={"d_slot": 16, "d_time": 8, "n_head": 2}),
-    "large": Variant("a memory with as many parameters as the backbone",
-                     fields={"d_slot": 64, "d_time": 64}),
+    "small-30": Variant("a memory with 30 % of the backbone's parameters",
+                        fields={"d_slot": 32, "d_time": 24}),
+    "small-10": Variant("a memory with 10 % of the backbone's parameters",
+                        fields={"d_slot": 16, "d_time": 8, "n_head": 2}),
 }
 
 

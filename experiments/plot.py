@@ -1,125 +1,111 @@
-"""Pictures and a table of finished runs: python experiments/plot.py out/s0 [out/s1 ...]
+"""Plots of finished runs: python experiments/plot.py out/seed0 [out/seed1 ...]
 
-Prints the thinking table, mean and range over the runs, and draws assets/thinking.png, loss.png,
-and what else there is: schedules.png where every run has been through schedules.py, whose table is
-printed, too, and with --chains a run of chains.py as chains.png. Needs matplotlib, for this script
-only; --table prints and does without.
+Draws into assets/ what the runs hold: passes.svg where ablate.py measured the variants default and
+no-thinking, schedules.svg where schedules.py has been, and with --chains FOLDER, of chains.py,
+chains.svg. A thin line is a seed, a thick one their mean. Needs matplotlib.
 """
 import argparse
 import json
 from pathlib import Path
+from typing import Callable, Sequence
 
 import numpy as np
 
-from schedules import print_schedules
-from shared import ROOT, print_table, spread
+from ablate import PASSES
+from shared import ROOT
 
 from model import blame
 from sample import run_program
 
-STYLES = {"MetaState": "C0o-", "frozen": "k--", "memory reset": "C1s:", "memory shuffled": "C3^-"}
-SMOOTHED = 20                          # iterations
+
+def draw_seeds(axis, x: Sequence[float], by_seed: Sequence[Sequence[float]], name: str, color: str,
+               at: int = -1, offset: tuple[int, int] = (6, 0)) -> None:
+    """Shares by seed as thin lines, their mean as a thick one, with its name at one of its points.
+    """
+    y = 100 * np.array(by_seed)                                        # (seeds, points)
+    axis.plot(x, y.T, color=color, linewidth=0.8, alpha=0.5)
+    axis.plot(x, y.mean(0), "o-", color=color, markersize=4)
+    axis.annotate(name, (x[at], y.mean(0)[at]), offset, textcoords="offset points", color=color,
+                  va="center", weight="bold")
 
 
-def shares(tables: list[dict], name: str) -> np.ndarray:
-    """Of whole answers right, (passes, runs)."""
-    return np.array([[np.mean(table[name][n]) for table in tables] for n in tables[0][name]])
-
-
-def draw_thinking(axis, tables: list[dict]) -> None:
-    """Passes over an unwritten answer: one line climbs, the others cannot."""
-    for name, style in STYLES.items():
-        y = 100 * shares(tables, name)                                 # (passes, runs)
-        bars = np.maximum(0, [y.mean(1) - y.min(1), y.max(1) - y.mean(1)])
-        axis.errorbar(range(len(y)), y.mean(1), bars, fmt=style, capsize=3, label=name)
-    axis.set_xticks(range(len(y)), tables[0]["frozen"])
-    axis.set_xlabel("passes over an answer of nothing but masks")
-    axis.set_ylabel("whole answers right (%)")
-    axis.legend()
-
-
-def draw_schedules(axis, tables: list[dict]) -> None:
-    """Every schedule of every run."""
-    markers = {"quota": "o", "think": "*", "blocks": "s", "threshold": "^"}
-    for name, color in (("frozen", "k"), ("MetaState", "C0")):
-        for kind, marker in markers.items():
-            found = [results for table in tables for label, results in table[name].items()
-                     if label.startswith(kind)]
-            passes = [np.mean(results["passes"]) for results in found]
-            right = [100 * np.mean(results["correct"]) for results in found]
-            axis.plot(passes, right, marker, color=color, alpha=0.5, label=f"{name}, {kind}")
-    ticks = [1, 2, 3, 4, 5, 7, 10, 20]
-    axis.set_xscale("log")
+def label_axes(axis, title: str, x: str, y: str, ticks: Sequence[int]) -> None:
+    axis.set(title=title, xlabel=x, ylabel=y, ylim=(-3, 106), xscale="log")
     axis.set_xticks(ticks, ticks)
     axis.minorticks_off()
-    axis.set_xlabel("passes")
-    axis.set_ylabel("final results right (%)")
-    axis.legend(fontsize=8)
 
 
-def draw_losses(axis, logs: list[Path]) -> None:
-    """One curve for each unrolled step, mean over the runs."""
-    runs = []
-    for log in logs:
-        y = np.array([json.loads(line)["by_step"] for line in log.read_text().splitlines()])
-        pieces = np.array_split(y, max(1, len(y) // SMOOTHED))         # of (iterations, K)
-        runs.append([piece.mean(0) for piece in pieces])
-    y = np.mean(runs, 0)                                               # (points, K)
-    for k in range(y.shape[1]):
-        axis.plot(SMOOTHED * np.arange(len(y)), y[:, k], label=f"k = {k + 1}")
-    axis.set_xlabel("iteration")
-    axis.set_ylabel("dense loss of unrolled step k")
-    axis.legend()
+def draw_passes(axis, runs: list[list[dict]]) -> None:
+    """Passes over an unwritten answer, trained with first passes and without."""
+    for name, shown, color in (("default", "MetaState", "C0"),
+                               ("no-thinking", "trained without\nfirst passes", "C2"),
+                               ("memoryless", "no memory", "C1")):
+        found = [row for rows in runs for row in rows if row["name"] == name]
+        if found:
+            draw_seeds(axis, PASSES, [[row[f"N = {n}"] for n in PASSES] for row in found], shown,
+                       color)
+    label_axes(axis, "What was worked out stays", "passes over an answer of nothing but masks",
+               "whole answers right (%)", PASSES)
+
+
+def draw_schedules(axis, runs: list[dict]) -> None:
+    """Quotas, and the best schedule of the frozen backbone."""
+    for name, color in (("MetaState", "C0"), ("frozen", "C1")):
+        labels = [label for label in runs[0][name] if label.startswith("quota")]
+        passes = [np.mean(runs[0][name][label]["passes"]) for label in labels]
+        right = [[np.mean(run[name][label]["correct"]) for label in labels] for run in runs]
+        draw_seeds(axis, passes, right, f"{name}, fixed quota", color, at=2,
+                   offset=(8, -14 if name == "MetaState" else 12))
+    blocks = [found for run in runs for label, found in run["frozen"].items() if "blocks" in label]
+    x = np.mean([np.mean(found["passes"]) for found in blocks])
+    y = 100 * np.mean([np.mean(found["correct"]) for found in blocks])
+    axis.plot([x], [y], "s", color="C2")
+    axis.annotate("frozen,\nin blocks", (x, y), (-8, -16), textcoords="offset points", color="C2",
+                  ha="right", weight="bold")
+    label_axes(axis, "A revealed result is a memory, too: blocks need no other", "passes",
+               "final results right (%)", (4, 5, 7, 10, 20))
 
 
 def draw_chains(axis, by_presses: dict[str, list[float]]) -> None:
-    """One curve for each number of presses: it climbs after as many passes."""
+    """One curve for each number of presses, darker for longer chains."""
     for presses, right in by_presses.items():
-        axis.plot(range(1, len(right) + 1), 100 * np.array(right), "o-", ms=3, label=presses)
-    axis.set_xlabel("passes over an answer of nothing but masks")
-    axis.set_ylabel("whole answers right (%)")
-    axis.legend(title="presses", fontsize=8, title_fontsize=8, loc="lower right")
+        x = range(1, len(right) + 1)
+        color = str(0.75 - 0.09 * int(presses))
+        axis.plot(x, 100 * np.array(right), "o-", color=color, markersize=3)
+        first = int(np.argmax(np.array(right) >= 0.5))
+        axis.annotate(presses, (x[first], 100 * right[first]), (-4, 6), color=color,
+                      textcoords="offset points", ha="right")
+    label_axes(axis, "A link more of the chain, a pass more (numbers: links)",
+               "passes over an answer of nothing but masks", "whole answers right (%)",
+               (1, 2, 3, 4, 5, 6, 8, 16))
 
 
-def draw(path: Path, draw_one, by_title: dict[str, object]) -> None:
-    """A picture with an axis for every title."""
-    with blame("the drawing", "pip install matplotlib, or give --table"):
+def draw(path: Path, draw_one: Callable, data: object) -> None:
+    with blame("the drawing", "pip install matplotlib"):
         import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(by_title), figsize=(7 + len(by_title), 3.6), sharey=True,
-                                squeeze=False)
-    for axis, (title, data) in zip(axes[0], by_title.items()):
-        draw_one(axis, data)
-        axis.set_title(title, size=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    plt.style.use(Path(__file__).with_name("pictures.mplstyle"))
+    figure, axis = plt.subplots()
+    draw_one(axis, data)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--chains", type=Path, metavar="FOLDER", help="a run of chains.py")
-    parser.add_argument("--table", action="store_true", help="print only")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="of the pictures")
     args = parser.parse_args()
-    tables = [json.loads((run / "table.json").read_text()) for run in args.runs]
-    cells = {name: [spread(by_run) for by_run in shares(tables, name)] for name in STYLES}
-    print_table(f"Whole answers right (%) if written at once after N passes over masks, "
-                f"{len(tables)} runs, N =", list(tables[0]["frozen"]), cells)
-    paths = [run / "schedules.json" for run in args.runs]
-    schedules = [json.loads(path.read_text()) for path in paths if path.exists()]
-    if schedules:
-        print_schedules(schedules)
-    if args.table:
-        return
-    draw(args.assets / "thinking.png", draw_thinking, {"": tables})
-    logs = [run / "memory.log.jsonl" for run in args.runs]
-    draw(args.assets / "loss.png", draw_losses, {"": logs})
-    if schedules:
-        draw(args.assets / "schedules.png", draw_schedules, {"": schedules})
+    ablations = [run / "ablations.jsonl" for run in args.runs]
+    if all(path.exists() for path in ablations):
+        rows = [list(map(json.loads, path.read_text().splitlines())) for path in ablations]
+        draw(args.assets / "passes.svg", draw_passes, rows)
+    schedules = [run / "schedules.json" for run in args.runs]
+    if all(path.exists() for path in schedules):
+        draw(args.assets / "schedules.svg", draw_schedules,
+             [json.loads(path.read_text()) for path in schedules])
     if args.chains:
         chains = json.loads((args.chains / "chains.json").read_text())
-        del chains["frozen"]
-        draw(args.assets / "chains.png", draw_chains, chains)
+        draw(args.assets / "chains.svg", draw_chains, list(chains.values())[-1])
 
 
 if __name__ == "__main__":
