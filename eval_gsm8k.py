@@ -44,26 +44,27 @@ class Protocol:
 
 
 PLAIN = "Question: {}\nAnswer:"
+PLAIN_STOPS = ("Question:", "</s>", "<|im_end|>")
 COT = "Q: {}\nA:"
-STOPS = ("</s>", "<|im_end|>")
+COT_STOPS = ("Q:", "</s>", "<|im_end|>")
 PROTOCOLS = {
     "dial": Protocol("{}", "strict", chat=True, settings=SAMPLING_DEFAULTS["tiny"]),
     # lm-eval gsm8k, 5-shot: LLaDA-Base
-    "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+    "gsm8k": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5,
                       settings=dict(gen_length=256)),
     # lm-eval gsm8k_cot, 8-shot: Dream-Base (there with eight fixed examples of its own)
-    "gsm8k-cot": Protocol(COT, "cot_strict", ("Q:", *STOPS), shots=8,
+    "gsm8k-cot": Protocol(COT, "cot_strict", COT_STOPS, shots=8,
                           settings=dict(gen_length=256, remasking="entropy", top_p=0.95)),
     # gsm8k_cot, zero-shot, chat template: Dream-Instruct
-    "chat": Protocol(COT, "flexible", ("Q:", *STOPS), chat=True,
+    "chat": Protocol(COT, "flexible", COT_STOPS, chat=True,
                      settings=dict(gen_length=256, remasking="entropy", temperature=0.1,
                                    top_p=0.9)),
     # lm-eval gsm8k, 5-shot in one user turn, as Fast-dLLM runs it: LLaDA-Instruct and 1.5
-    "chat-few-shot": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, chat=True,
+    "chat-few-shot": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5, chat=True,
                               settings=dict(gen_length=256, block_length=32)),
     # MetaState's own table: length, block and dual cache are stated there. The threshold and the
     # examples are a guess: Fast-dLLM's, whose GSM8K figure with them is the table's baseline.
-    "paper": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+    "paper": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5,
                       settings=dict(gen_length=256, block_length=32, cache=True, threshold=0.9)),
 }
 

@@ -201,10 +201,9 @@ class Choice(NamedTuple):
 
 def choose_models(args: argparse.Namespace) -> Choice:
     """What the options of add_model_options mean, and say it."""
-    init = args.init or ("tiny" if args.memory is None else None)
-    run = ASSETS / "tiny" if init == "tiny" else Path(init or args.memory.parent)
+    name = args.init or ("tiny" if args.memory is None else None)
+    run = ASSETS / "tiny" if name == "tiny" else Path(name or args.memory.parent)
     memory_path = args.memory
-    name = init
     if memory_path is None and (run / "memory.pt").is_file():
         memory_path = run / "memory.pt"
         name = None                    # the backbone is the one that it was trained on
@@ -292,17 +291,10 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--seed", type=SEED, default=0, help="default: 0")
 
 
-def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
-    """The largest block up to at_most whose blocks fill gen_length and share out steps, or all of
-    gen_length: a block of a few tokens would be written word by word."""
-    fitting = [block_length for block_length in range(8, at_most + 1)
-               if gen_length % block_length == 0 and steps % (gen_length // block_length) == 0]
-    return max(fitting, default=gen_length)
-
-
 def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
     """The settings of a Sampling: defaults, and over them what was asked for on the command line.
-    One pass for each token unless steps are given. Raises InputError if they do not go together."""
+    One pass for each token unless steps are given; one block where those of the defaults do not
+    fit. Raises InputError if they do not go together."""
     given = {name: value for name, value in vars(args).items()
              if name in Sampling.__annotations__ and value is not None}
     settings = defaults | given
@@ -310,7 +302,9 @@ def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
     steps = settings.setdefault("steps", gen_length)
     usual_block = defaults.get("block_length")
     if usual_block and "block_length" not in given:
-        settings["block_length"] = fitting_block(gen_length, steps, at_most=usual_block)
+        n_blocks, rest = divmod(gen_length, usual_block)
+        if rest or steps % n_blocks:
+            settings["block_length"] = gen_length
     Sampling(**settings)               # raises
     return settings
 
