@@ -44,26 +44,27 @@ class Protocol:
 
 
 PLAIN = "Question: {}\nAnswer:"
+PLAIN_STOPS = ("Question:", "</s>", "<|im_end|>")
 COT = "Q: {}\nA:"
-STOPS = ("</s>", "<|im_end|>")
+COT_STOPS = ("Q:", "</s>", "<|im_end|>")
 PROTOCOLS = {
     "dial": Protocol("{}", "strict", chat=True, settings=SAMPLING_DEFAULTS["tiny"]),
     # lm-eval gsm8k, 5-shot: LLaDA-Base
-    "gsm8k": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+    "gsm8k": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5,
                       settings=dict(gen_length=256)),
     # lm-eval gsm8k_cot, 8-shot: Dream-Base (there with eight fixed examples of its own)
-    "gsm8k-cot": Protocol(COT, "cot_strict", ("Q:", *STOPS), shots=8,
+    "gsm8k-cot": Protocol(COT, "cot_strict", COT_STOPS, shots=8,
                           settings=dict(gen_length=256, remasking="entropy", top_p=0.95)),
     # gsm8k_cot, zero-shot, chat template: Dream-Instruct
-    "chat": Protocol(COT, "flexible", ("Q:", *STOPS), chat=True,
+    "chat": Protocol(COT, "flexible", COT_STOPS, chat=True,
                      settings=dict(gen_length=256, remasking="entropy", temperature=0.1,
                                    top_p=0.9)),
     # lm-eval gsm8k, 5-shot in one user turn, as Fast-dLLM runs it: LLaDA-Instruct and 1.5
-    "chat-few-shot": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5, chat=True,
+    "chat-few-shot": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5, chat=True,
                               settings=dict(gen_length=256, block_length=32)),
     # MetaState's own table: length, block and dual cache are stated there. The threshold and the
     # examples are a guess: Fast-dLLM's, whose GSM8K figure with them is the table's baseline.
-    "paper": Protocol(PLAIN, "flexible", ("Question:", *STOPS), shots=5,
+    "paper": Protocol(PLAIN, "flexible", PLAIN_STOPS, shots=5,
                       settings=dict(gen_length=256, block_length=32, cache=True, threshold=0.9)),
 }
 
@@ -133,13 +134,12 @@ def problem_ids(tokenizer: Tokenizer, protocol: Protocol, problem: dict, shots: 
     return prompt_ids(tokenizer, "\n\n".join(parts), protocol.chat)
 
 
-def left_padded(prompts: list[list[int]], pad_id: int, device: torch.device
-                ) -> tuple[Tensor, Tensor | None]:
+def left_padded(prompts: list[list[int]], backbone: Backbone) -> tuple[Tensor, Tensor | None]:
     """Prompts as one batch (B, P), and its attention mask (B, P) where any of them is padded."""
-    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    ones = [torch.ones_like(row) for row in rows]
-    attention_mask = pad_sequence(ones, batch_first=True, padding_side="left")
+    rows = [torch.tensor(prompt, device=backbone.device) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    attention_mask = (ids >= 0).long()
+    ids = ids.masked_fill(ids < 0, backbone.config.pad_id)
     return ids, None if attention_mask.all() else attention_mask
 
 
@@ -194,9 +194,7 @@ def read_problem(item: Any) -> dict[str, str]:
     match item:
         case {"question": str(), "answer": str()}:
             return item
-        case {"question": _, "answer": _}:
-            raise ValueError("question or answer is no text")
-    raise ValueError("question and answer are wanted")
+    raise ValueError("question and answer are wanted, and one is missing or no text")
 
 
 # -------------------------------------------------------------------------------------- SCORES
@@ -204,22 +202,23 @@ def read_problem(item: Any) -> dict[str, str]:
 def evaluate(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], protocol: Protocol, *,
              settings: dict, todo: list[int] | None = None, shots: Sequence[dict] = (),
              memory: MetaState | None = None, carry: str = "keep", batch_size: int = 32,
-             seed: int = 0) -> Iterator[dict]:
+             seed: int = 0, on_step: Callable[[Tensor, Report], None] | None = None
+             ) -> Iterator[dict]:
     """Answer problems[i] for i in todo (default: all), yielding {index, problem, text, answer,
-    correct, passes}. settings: of Sampling. In float32 no answer depends on its batch, except under
-    shuffle."""
-    if todo is None:
-        todo = list(range(len(problems)))
+    correct, passes}. settings: of Sampling. on_step: as generate's. In float32 no answer depends on
+    its batch, except under shuffle."""
+    todo = range(len(problems)) if todo is None else todo
     n_batches = math.ceil(len(todo) / batch_size)
-    batches = np.array_split(todo, n_batches) if todo else []  # as equal in size as can be
-    for batch in batches:
+    for batch in np.array_split(todo, n_batches) if todo else []:      # as equal as can be
         batch = batch.tolist()
         prompts = [problem_ids(tokenizer, protocol, problems[i], shots) for i in batch]
-        ids, attention_mask = left_padded(prompts, backbone.config.pad_id, backbone.device)
-        passes = torch.zeros(len(batch), dtype=torch.long, device=ids.device)
+        ids, attention_mask = left_padded(prompts, backbone)
+        passes = torch.zeros(len(batch), dtype=torch.long, device=backbone.device)
 
         def count_passes(canvas: Tensor, report: Report) -> None:
             passes.add_(report.eligible.any(1))        # a row that is done waits
+            if on_step:
+                on_step(canvas, report)
 
         canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
                           seeds=[seed + i for i in batch], on_step=count_passes, **settings)
@@ -264,28 +263,26 @@ def paired_interval(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
 THINKING_PASSES = (1, 2, 3, 4, 5, 6, 8, 10, 20)
 
 
-def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], *,
-                  memory: MetaState | None, carry: str = "keep", n_passes: int,
-                  gen_length: int = DIAL_LENGTH, batch_size: int = 250) -> np.ndarray:
+def whole_by_pass(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict], *, n_passes: int,
+                  gen_length: int = DIAL_LENGTH, batch_size: int = 250, **options) -> np.ndarray:
     """Whether the whole answer that pass n would write is right to the letter, bool (n_passes,
-    problems). One run tells all: over masks a pass does the same whether it writes or not."""
-    columns = []
-    for first in range(0, len(problems), batch_size):
-        batch = problems[first:first + batch_size]
-        prompts = [problem_ids(tokenizer, PROTOCOLS["dial"], problem, ()) for problem in batch]
-        ids, attention_mask = left_padded(prompts, backbone.config.pad_id, backbone.device)
-        wholes = [tokenizer.encode(problem["answer"]) + [backbone.config.eos_id]
-                  for problem in batch]
-        right = []
+    problems). One run tells all: over masks a pass does the same whether it writes or not.
+    options: memory and carry, as in evaluate."""
+    guesses = []                       # of every pass over every batch: rows of ids
 
-        def judge(canvas: Tensor, report: Report) -> None:
-            guesses = report.guess[:, ids.shape[1]:].tolist()
-            right.append([guess[:len(whole)] == whole for guess, whole in zip(guesses, wholes)])
+    def on_step(canvas: Tensor, report: Report) -> None:
+        guesses.append(report.guess[:, -gen_length:].tolist())
 
-        generate(backbone, ids, attention_mask=attention_mask, memory=memory, carry=carry,
-                 on_step=judge, gen_length=gen_length, think=n_passes - 1, steps=1)
-        columns.append(right)
-    return np.concatenate(columns, axis=1)
+    settings = dict(gen_length=gen_length, think=n_passes - 1, steps=1)
+    list(evaluate(backbone, tokenizer, problems, PROTOCOLS["dial"], settings=settings,
+                  batch_size=batch_size, on_step=on_step, **options))
+    wholes = [tokenizer.encode(problem["answer"]) + [backbone.config.eos_id]
+              for problem in problems]
+    right = []
+    for n in range(n_passes):
+        of_pass = [guess for batch in guesses[n::n_passes] for guess in batch]
+        right.append([guess[:len(whole)] == whole for guess, whole in zip(of_pass, wholes)])
+    return np.array(right)
 
 
 def percent(values: Sequence[bool]) -> str:
@@ -296,14 +293,12 @@ def table(title: str, header: list[str], rows: dict[str, list[str]]) -> str:
     """A table for people, which is also Markdown."""
     width = max(map(len, rows))
     widths = [max(5, *map(len, column)) for column in zip(header, *rows.values())]
-
-    def line(name: str, cells: list[str]) -> str:
+    lines = []
+    for name, cells in [("", header), *rows.items()]:
         padded = [cell.rjust(n) for cell, n in zip(cells, widths)]
-        return "|".join(["", name.ljust(width), *padded, ""])
-
-    lines = [title, "", line("", header), "|---" * (len(header) + 1) + "|"]
-    lines += [line(name, cells) for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
+        lines.append("|".join(["", name.ljust(width), *padded, ""]))
+    lines.insert(1, "|---" * (len(header) + 1) + "|")
+    return "\n".join([title, "", *lines, ""])
 
 
 def thinking_table(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict],
@@ -316,8 +311,8 @@ def thinking_table(backbone: Backbone, tokenizer: Tokenizer, problems: list[dict
     for name, (its_memory, carry) in tqdm(everyone.items(), "table", leave=False, disable=None):
         right = whole_by_pass(backbone, tokenizer, problems, memory=its_memory, carry=carry,
                               n_passes=max(THINKING_PASSES), gen_length=gen_length)
-        cells[name] = [percent(right[n - 1]) for n in THINKING_PASSES]
         results[name] = {n: right[n - 1].tolist() for n in THINKING_PASSES}
+        cells[name] = list(map(percent, results[name].values()))
     title = f"Whole answers right (%), written at once after N passes, {len(problems)} problems"
     return table(title, [f"N = {n}" for n in THINKING_PASSES], cells), results
 
@@ -439,14 +434,16 @@ def main() -> None:
                                        and len(problems) >= 2 * world), "--carry shuffle exchanges "
            "memories within a batch; give a --batch-size of three or more, as one of two may be "
            f"left over, two problems or more for each of {world} processes, and no --cfg-scale")
-    models = open_models(choice, args, device)
-    made_with = {**models.identity, "problems": len(problems), "digest": digest([problems, shots]),
+    backbone, tokenizer, memory = open_models(choice, args, device)
+    made_with = {"init": choice.name, "backbone": backbone.digest(),
+                 "memory": choice.checkpoint["digest"] if memory else None,
+                 "problems": len(problems), "digest": digest([problems, shots]),
                  "protocol": name, "rule": protocol.rule, "chat": protocol.chat,
                  "carry": args.carry, "seed": args.seed, "batch_size": args.batch_size,
                  "processes": world, "sampling": settings}
     longest = max(problems, key=lambda problem: len(problem["question"]))
-    n_prompt = len(problem_ids(models.tokenizer, protocol, longest, shots))
-    warn_of_length(models.backbone.config, n_prompt + settings["gen_length"])
+    n_prompt = len(problem_ids(tokenizer, protocol, longest, shots))
+    warn_of_length(backbone.config, n_prompt + settings["gen_length"])
     out = args.out or results_path(choice, name, protocol, made_with)
     if rank == 0 and not out.exists():
         write_atomically(out, json.dumps({"setting": made_with}).encode() + b"\n")
@@ -462,9 +459,9 @@ def main() -> None:
         todo = list(mine)              # in the same batches as before
     begin = time.time()
     with open(out, "ab", buffering=0) as file:         # whole lines, so that all may append
-        answers = evaluate(models.backbone, models.tokenizer, problems, protocol,
-                           settings=settings, todo=todo, memory=models.memory, shots=shots,
-                           carry=args.carry, seed=args.seed, batch_size=args.batch_size)
+        answers = evaluate(backbone, tokenizer, problems, protocol, settings=settings, todo=todo,
+                           shots=shots, memory=memory, carry=args.carry, seed=args.seed,
+                           batch_size=args.batch_size)
         file.write(b"\n")                              # ends a line that a kill cut short
         for row in tqdm(answers, total=len(todo), disable=None if rank == 0 else True):
             file.write(json.dumps(row).encode() + b"\n")

@@ -12,13 +12,13 @@ import re
 import shutil
 import sys
 import textwrap
-from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffusion import REMASKING, Report, Sampling, generate
@@ -126,8 +126,8 @@ def between(kind: type, low: float, high: float) -> Callable[[str], int | float]
 
 
 COUNT = between(int, 1, 10 ** 9)
-COUNT_OR_ZERO = between(int, 0, 10 ** 9)
-LENGTH = between(int, 1, 10 ** 5)      # tokens, or passes
+LENGTH = between(int, 1, 10 ** 5)      # tokens, passes or samples
+COUNT_OR_ZERO = between(int, 0, 10 ** 5)
 SEED = between(int, 0, 2 ** 32)
 FRACTION = between(float, 0, 1)
 POSITIVE = between(float, 1e-30, 1e30)
@@ -154,15 +154,13 @@ def start_device(name: str | None, kind: str) -> tuple[torch.device, Processes]:
     if kind == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)       # the threads of a tiny model wait for each other more than
                                        # they work; one gives the same numbers to the bit everywhere
+    if "RANK" not in os.environ:
+        return device, Processes(0, 1)
     with blame("RANK and WORLD_SIZE", "start by torchrun, or unset them"):
-        processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if not 0 <= processes.rank < processes.world:
-            raise ValueError(f"there is no process {processes.rank} of {processes.world}")
-        if processes.world > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            # the first to finish an evaluation may wait for hours for the last
-            torch.distributed.init_process_group(backend, timeout=timedelta(days=7))
-    return device, processes
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the first to finish an evaluation may wait for hours for the last
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+        return device, Processes(dist.get_rank(), dist.get_world_size())
 
 
 # ------------------------------------------------------------------------------ OPENING MODELS
@@ -198,15 +196,14 @@ class Choice(NamedTuple):
     kind: str
     chat: bool
     memory_path: Path | None
-    checkpoint: dict | None            # what memory_path holds
+    checkpoint: dict | None            # what memory_path holds, or would without --no-memory
 
 
 def choose_models(args: argparse.Namespace) -> Choice:
     """What the options of add_model_options mean, and say it."""
-    init = args.init or ("tiny" if args.memory is None else None)
-    run = ASSETS / "tiny" if init == "tiny" else Path(init or args.memory.parent)
+    name = args.init or ("tiny" if args.memory is None else None)
+    run = ASSETS / "tiny" if name == "tiny" else Path(name or args.memory.parent)
     memory_path = args.memory
-    name = init
     if memory_path is None and (run / "memory.pt").is_file():
         memory_path = run / "memory.pt"
         name = None                    # the backbone is the one that it was trained on
@@ -227,16 +224,15 @@ def choose_models(args: argparse.Namespace) -> Choice:
 def is_chat(name: str) -> bool:
     """Whether a model of that name speaks in turns; a base model goes on with plain text. Of a
     folder in the Hugging Face cache the model's part counts, not the snapshot's."""
-    *parents, last = Path(name).resolve().parts
-    names = [last, *(part for part in parents if part.startswith("models--"))]
-    return not any("base" in part.lower() for part in names)
+    parts = Path(name).resolve().parts
+    model = next((part for part in parts if part.startswith("models--")), parts[-1])
+    return "base" not in model.lower()
 
 
 class Models(NamedTuple):
     backbone: Backbone
     tokenizer: Tokenizer
     memory: MetaState | None
-    identity: dict[str, str | None]    # names and digests: what an evaluation was made with
 
 
 def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) -> Models:
@@ -245,12 +241,10 @@ def open_models(choice: Choice, args: argparse.Namespace, device: torch.device) 
     if args.compile:
         backbone.compile_layers()
     memory = None
-    identity = {"init": choice.name, "backbone": backbone.digest(), "memory": None}
     if choice.memory_path:
         memory = load_memory(choice.memory_path, backbone, any_backbone=args.any_backbone,
                              state=choice.checkpoint)
-        identity["memory"] = choice.checkpoint["digest"]
-    return Models(backbone, load_tokenizer(choice.weights), memory, identity)
+    return Models(backbone, load_tokenizer(choice.weights), memory)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
@@ -282,7 +276,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--block-length", type=COUNT, help="write the answer block by block")
     add("--cache", action="store_true", default=None,
         help="run only the block after its first pass (Fast-dLLM's dual cache): faster, not exact")
-    add("--think", type=between(int, 0, 10 ** 5), help="passes before the first token is revealed")
+    add("--think", type=COUNT_OR_ZERO, help="passes before the first token is revealed")
     add("--threshold", type=FRACTION,
         help="reveal every token with at least this confidence, in as many passes as that takes")
     add("--remasking", choices=REMASKING, help="how the tokens to reveal are chosen")
@@ -297,24 +291,20 @@ def add_sampling_options(parser: argparse.ArgumentParser, default: str) -> None:
     add("--seed", type=SEED, default=0, help="default: 0")
 
 
-def fitting_block(gen_length: int, steps: int, at_most: int) -> int:
-    """The largest block up to at_most whose blocks fill gen_length and share out steps, or all of
-    gen_length: a block of a few tokens would be written word by word."""
-    fitting = [block_length for block_length in range(8, at_most + 1)
-               if gen_length % block_length == 0 and steps % (gen_length // block_length) == 0]
-    return max(fitting, default=gen_length)
-
-
 def sampling_settings(args: argparse.Namespace, defaults: dict) -> dict:
     """The settings of a Sampling: defaults, and over them what was asked for on the command line.
-    One pass for each token unless steps are given. Raises InputError if they do not go together."""
-    names = [field.name for field in fields(Sampling)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    One pass for each token unless steps are given; one block where those of the defaults do not
+    fit. Raises InputError if they do not go together."""
+    given = {name: value for name, value in vars(args).items()
+             if name in Sampling.__annotations__ and value is not None}
     settings = defaults | given
-    settings.setdefault("steps", settings["gen_length"])
-    if "block_length" in defaults and "block_length" not in given:
-        settings["block_length"] = fitting_block(settings["gen_length"], settings["steps"],
-                                                 at_most=defaults["block_length"])
+    gen_length = settings["gen_length"]
+    steps = settings.setdefault("steps", gen_length)
+    usual_block = defaults.get("block_length")
+    if usual_block and "block_length" not in given:
+        n_blocks, rest = divmod(gen_length, usual_block)
+        if rest or steps % n_blocks:
+            settings["block_length"] = gen_length
     Sampling(**settings)               # raises
     return settings
 
@@ -325,45 +315,46 @@ MASKED = "\u2591"
 N_BARS = 8                             # so that a line of the built-in problems fits 80 columns
 
 
-class Printer:
-    """Prints every pass over the first sample: the answer, and how much the memory changed."""
+def change_bars(before: Tensor, after: Tensor) -> str:
+    """By how much slots (M, d) have changed, against their length: a bar for some of them, first to
+    last."""
+    change = (after - before).norm(dim=-1) / before.norm(dim=-1)               # (M,)
+    groups = change.nan_to_num().tensor_split(min(N_BARS, len(change)))
+    return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * group.mean().item()))] for group in groups)
 
-    def __init__(self, models: Models, n_prompt: int):
-        self.tokenizer = models.tokenizer
-        self.mask_id = models.backbone.config.mask_id
-        self.slots = models.memory.initial(1)[0] if models.memory else None    # (M, d)
-        self.n_prompt = n_prompt
-        self.n_passes = 0
-        bars = "" if self.slots is None else f"{'change':{N_BARS}} "
-        print(f"   {bars}answer, in brackets until something is written")
 
-    def on_step(self, canvas: Tensor, report: Report) -> None:
+def printer(models: Models, n_prompt: int) -> Callable[[Tensor, Report], None]:
+    """An on_step that prints every pass over the first sample: the answer, and how much the memory
+    changed."""
+    backbone, tokenizer, memory = models
+    mask_id = backbone.config.mask_id
+    slots = memory.initial(1)[0] if memory else None                   # (M, d)
+    n_passes = 0
+    title = f"{'change':{N_BARS}} " if memory else ""
+    print(f"   {title}answer, in brackets until something is written")
+
+    def text(canvas: Tensor) -> str:
+        """The first answer on one line, with a block for every mask."""
+        hidden = tokenizer.hidden - {mask_id}
+        shown = [i for i in canvas[0, n_prompt:].tolist() if i not in hidden]
+        shown = tokenizer.decode(shown).replace(tokenizer.decode([mask_id]), MASKED)
+        return shown.strip().replace("\n", " ") or "nothing"
+
+    def on_step(canvas: Tensor, report: Report) -> None:
+        nonlocal slots, n_passes
         if not report.eligible[0].any():
             return                     # it is done, and waits for other samples
-        self.n_passes += 1
-        bars = "" if self.slots is None else self.slot_bars(report.slots[0]) + " "
-        if report.revealed[0].any():
-            text = self.text(canvas[0, self.n_prompt:].tolist())
-        else:
-            text = "(" + self.text(report.guess[0, self.n_prompt:].tolist()) + ")"
-        begin = f"{self.n_passes:2d} {bars}"
+        n_passes += 1
+        begin = f"{n_passes:2d} "
+        if memory:
+            begin += change_bars(slots, report.slots[0]) + " "
+            slots = report.slots[0]
+        has_new = report.revealed[0].any()
+        line = text(canvas) if has_new else f"({text(report.guess)})"
         width = max(40, shutil.get_terminal_size().columns)
-        print(textwrap.fill(text, width, initial_indent=begin, subsequent_indent=" " * len(begin)))
+        print(textwrap.fill(line, width, initial_indent=begin, subsequent_indent=" " * len(begin)))
 
-    def text(self, ids: list[int]) -> str:
-        """An answer on one line, with a block for every mask."""
-        hidden = self.tokenizer.hidden - {self.mask_id}
-        text = self.tokenizer.decode([i for i in ids if i not in hidden])
-        text = text.replace(self.tokenizer.decode([self.mask_id]), MASKED)
-        return text.strip().replace("\n", " ") or "nothing"
-
-    def slot_bars(self, slots: Tensor) -> str:
-        """By how much the slots (M, d) have changed since the last pass, against their length: a
-        bar for some of them, first to last."""
-        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)   # (M,)
-        self.slots = slots
-        groups = change.nan_to_num().tensor_split(min(N_BARS, len(change)))
-        return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * group.mean().item()))] for group in groups)
+    return on_step
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
@@ -386,7 +377,7 @@ def arguments() -> argparse.Namespace:
     add("--prompt", help="the user's prompt, as PROMPT (default: an example)")
     add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _ that "
         "stands alone")
-    add("--num-samples", type=between(int, 1, 10 ** 4), default=1)
+    add("--num-samples", type=LENGTH, default=1)
     add("--show-steps", action="store_true", help="print every pass, and how much the memory "
         "changes in it, from the first slots to the last")
     add_sampling_options(parser, "the model's own")
@@ -395,11 +386,10 @@ def arguments() -> argparse.Namespace:
 
 def infill_ids(tokenizer: Tokenizer, text: str, mask_id: int) -> list[int]:
     """Ids of an answer with a mask for each blank."""
-    pieces = [tokenizer.encode(piece, special=False) for piece in re.split(BLANK, text)]
-    ids = pieces[0]
-    for piece in pieces[1:]:
-        ids = ids + [mask_id] + piece
-    return ids
+    ids = []
+    for piece in re.split(BLANK, text):
+        ids += [mask_id, *tokenizer.encode(piece, special=False)]
+    return ids[1:]                     # before the first piece there is no blank
 
 
 def main() -> None:
@@ -415,8 +405,7 @@ def main() -> None:
                "fill in")
         ensure(not (args.gen_length or args.block_length or args.cache), "--infill says how long "
                "the answer is; omit --gen-length, --block-length and --cache")
-        remasking = defaults.get("remasking", Sampling.remasking)
-        defaults = dict(remasking=remasking, gen_length=0, steps=n_blanks)
+        defaults = defaults | dict(gen_length=0, steps=n_blanks, block_length=None)
     settings = sampling_settings(args, defaults)
 
     # 2. the prompt, and the answer as far as it is given
@@ -434,17 +423,16 @@ def main() -> None:
 
     # 3. the answers
     print(prompt)
-    on_step = Printer(models, n_prompt).on_step if args.show_steps else None
+    on_step = printer(models, n_prompt) if args.show_steps else None
     canvas = generate(models.backbone, batch, memory=models.memory, answer_start=n_prompt,
                       seeds=range(args.seed, args.seed + args.num_samples), on_step=on_step,
                       **settings)
-    right = dial_answer(prompt)
+    right = dial_answer(prompt) if choice.kind == "tiny" else None
     for row in canvas[:, n_prompt:].tolist():
         text = models.tokenizer.answer(row)
-        verdict = ""
-        if choice.kind == "tiny" and right:
-            verdict = "  (right)" if text == right else f"  (wrong: {right.split()[-1]})"
-        print(text + verdict)
+        if right:
+            text += "  (right)" if text == right else f"  (wrong: {right.split()[-1]})"
+        print(text)
     if choice.kind == "tiny" and not right:
         print(f"note: the tiny model knows problems such as '{EXAMPLES['tiny']}' only, with any "
               f"four of {', '.join(BUTTONS)}", file=sys.stderr)

@@ -30,8 +30,9 @@ from metastate import MetaState, load_checkpoint, preset, save_checkpoint
 from model import (RELEASES, TINY, Backbone, Config, Tokenizer, blame, cache_folder, ensure,
                    fetch_json, fetched, find_weights, kind_of, load_backbone, load_tokenizer,
                    read_config, save_backbone, tiny_tokenizer, write_atomically)
-from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, POSITIVE, SEED, WORDS, Processes,
-                    add_device_options, between, dial_problems, is_chat, run_program, start_device)
+from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, LENGTH, POSITIVE, SEED, WORDS,
+                    Processes, add_device_options, dial_problems, is_chat, run_program,
+                    start_device)
 
 # ---------------------------------------------------------------------------------------- DATA
 
@@ -52,9 +53,10 @@ def read_text(item: Any) -> Text:
             return Text(prompt, completion)
         case {"messages": [*turns]}:
             for number, turn in enumerate(turns, 1):
-                for key in ("role", "content"):
-                    if not (isinstance(turn, dict) and isinstance(turn.get(key), str)):
-                        raise ValueError(f"{key} of message {number} is no text")
+                match turn:
+                    case {"role": str(), "content": str()}:
+                        continue
+                raise ValueError(f"role or content of message {number} is no text")
             while turns and turns[-1]["role"] != "assistant":
                 turns.pop()
             if len(turns) > 1:
@@ -81,26 +83,23 @@ def tulu_rows(offset: int, length: int) -> tuple[str, int, list]:
 def fetch_tulu(path: Path) -> None:
     """Windows of rows at random offsets, since the rows may be sorted by source, as JSON lines. An
     interrupted fetch goes on after the last whole window."""
-    part = path.with_suffix(".part")
-    note = path.with_name("about.json")
     revision, n_total, _ = tulu_rows(0, 1)
-    about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW}
-    lines = []
-    if part.exists() and json.loads(note.read_bytes()) == about:
-        lines = [line for line in part.read_bytes().splitlines(keepends=True)
-                 if line.endswith(b"\n")]             # the last one may be cut short
-    n_windows = len(lines) // WINDOW
-    write_atomically(note, json.dumps(about).encode())
-    write_atomically(part, b"".join(lines[:n_windows * WINDOW]))
-    order = np.random.default_rng(TULU_SEED).permutation(n_total // WINDOW)
-    todo = order[n_windows:TULU_ROWS // WINDOW].tolist()
-    with open(part, "a") as file:
-        for number in tqdm(todo, TULU, unit=" windows", disable=None):
+    part = path.with_suffix(f".{revision}.part")       # rows of two revisions are never mixed
+    order = np.random.default_rng(TULU_SEED).permutation(n_total // WINDOW).tolist()
+    with open(part, "a+b") as file:
+        file.seek(0)
+        lines = file.readlines()
+        n_windows = sum(line.endswith(b"\n") for line in lines) // WINDOW
+        file.truncate(sum(map(len, lines[:n_windows * WINDOW])))
+        for number in tqdm(order[n_windows:TULU_ROWS // WINDOW], TULU, unit=" windows",
+                           disable=None):
             time.sleep(PAUSE)
             now, _, rows = tulu_rows(number * WINDOW, WINDOW)
             ensure(now == revision and len(rows) == WINDOW, f"{TULU} changed meanwhile")
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             file.flush()
+    about = {"dataset": TULU, "revision": revision, "seed": TULU_SEED, "window": WINDOW}
+    write_atomically(path.with_name("about.json"), json.dumps(about).encode())
     os.replace(part, path)
 
 
@@ -157,8 +156,8 @@ def digest(examples: list[TokenIds]) -> str:
     """What tells these data from others, under whatever name."""
     sha = hashlib.sha256()
     for example in examples:
-        sha.update(example.prompt.tobytes())
-        sha.update(example.answer.tobytes())
+        for ids in example:
+            sha.update(ids.tobytes())
     return sha.hexdigest()[:16]
 
 
@@ -188,10 +187,9 @@ class Batches:
         rng = np.random.default_rng((self.seed, EPOCH, number))
         order = rng.permutation(len(self.examples))
         order = np.resize(order, self.per_epoch * self.batch)  # drops less than a batch, or repeats
-        size = 64 * self.batch
-        windows = np.split(order, range(size, len(order), size))
-        by_length = [w[np.argsort(self.lengths[w], kind="stable")] for w in windows]
-        return rng.permutation(np.concatenate(by_length).reshape(self.per_epoch, self.batch))
+        window = np.arange(len(order)) // (64 * self.batch)
+        order = order[np.lexsort((self.lengths[order], window))]
+        return rng.permutation(order.reshape(self.per_epoch, self.batch))
 
     def __call__(self, iteration: int) -> dict:
         epoch, i = divmod(iteration, self.per_epoch)
@@ -338,10 +336,10 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
     if run.args.resume and path.exists():
         state = load_checkpoint(path)
         with blame(path, "give the --data and --init that it was trained with, or another --out"):
+            same = backbone is None or state["backbone"]["digest"] == backbone["digest"]
+            ensure(same, f"{path} was trained on another backbone; give that, or another --out")
             ensure(state["data"] == made_with["data"], f"{path} was trained on other data; give "
                    "those by --data, or another --out")
-            ensure(backbone is None or state["backbone"]["digest"] == backbone["digest"],
-                   f"{path} was trained on another backbone; give that, or another --out")
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(both, state["optimizers"]):    # none when it is finished
                 optimizer.load_state_dict(saved)
@@ -369,19 +367,20 @@ def fit(run: Run, model: nn.Module, loss: Callable, batches: Batches, path: Path
             optimizer.zero_grad()
 
         # 3. a line of the log
+        if not is_first_process:
+            continue
         shown = f"loss {value:.3f}"
         if by_step:
             shown += f" (first step {by_step[0]:.3f}, last {by_step[-1]:.3f})"
         bar.set_postfix_str(shown, refresh=False)
-        if is_first_process:
-            line = {"iteration": iteration, "loss": value, "by_step": by_step, "norm": norm}
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        line = {"iteration": iteration, "loss": value, "by_step": by_step, "norm": norm}
+        with open(log, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
         # 4. a checkpoint; a finished run needs no optimiser any more
         done = iteration + 1
         due = done % SAVE_ITERATIONS == 0 or time.monotonic() - saved_at > SAVE_SECONDS
-        if is_first_process and (due or done == iters):
+        if due or done == iters:
             states = [] if done == iters else [optimizer.state_dict() for optimizer in both]
             save_checkpoint(path, model, iteration=done, optimizers=states, **made_with)
             saved_at = time.monotonic()
@@ -403,22 +402,19 @@ def train_backbone(run: Run, config: Config, words: list[str]) -> Backbone:
     return backbone.requires_grad_(False)
 
 
-def fit_memory(run: Run, backbone: Backbone, memory: MetaState, path: Path) -> None:
-    """Train a memory in place on a frozen backbone."""
+def train_memory(run: Run, backbone: Backbone, path: Path, memory: MetaState | None = None
+                 ) -> MetaState:
+    """A memory, new if none is given, trained on a frozen backbone."""
     args = run.args
+    if memory is None:
+        torch.manual_seed(args.seed)
+        memory = MetaState(preset(backbone)).to(run.device)
     batches = Batches(run.examples, args.batch, run.answer_length, backbone.config.pad_id,
                       args.seed, memory_draws(args))
     is_folder = args.init != "tiny" and Path(args.init).is_dir()
     name = str(Path(args.init).resolve()) if is_folder else args.init
     fit(run, memory, memory_loss(backbone, args), batches, path, iters=args.iters, lr=args.lr,
         backbone={"name": name, "digest": backbone.digest()})
-
-
-def train_memory(run: Run, backbone: Backbone, path: Path) -> MetaState:
-    """A new memory, trained on a frozen backbone."""
-    torch.manual_seed(run.args.seed)
-    memory = MetaState(preset(backbone)).to(run.device)
-    fit_memory(run, backbone, memory, path)
     return memory
 
 
@@ -430,115 +426,113 @@ def held_out_losses(run: Run, backbone: Backbone, memory: MetaState, examples: l
     batches = Batches(examples, 1, run.answer_length, backbone.config.pad_id, run.args.seed,
                       memory_draws(run.args))
     untrained = MetaState(memory.config).to(run.device)        # a no-op: the frozen backbone
-    losses = {}
-    for name, module, carry in (("frozen", untrained, "keep"), ("memory reset", memory, "reset"),
-                                ("MetaState", memory, "keep")):
-        by_example = []
+
+    def mean_loss(module: MetaState, carry: str = "keep") -> float:
+        losses = []
         for i in range(len(examples)):
             batch = tensors(batches(i), slice(None), run.device) | {"think": 0}
             loss, _ = unroll(backbone, module, **batch, lam=run.args.lam, carry=carry)
-            by_example.append(loss.item())
-        losses[name] = float(np.mean(by_example))
-    return losses
+            losses.append(loss.item())
+        return np.mean(losses)
+
+    return {"frozen": mean_loss(untrained), "memory reset": mean_loss(memory, "reset"),
+            "MetaState": mean_loss(memory)}
 
 
 # ----------------------------------------------------------------------------------- THE PROGRAM
 
 HELD_OUT = 100                         # examples at most, of the last tenth
 
-DEFAULTS = dict(
-    init="tiny", weights=None, resume=False, seed=0, device=None, compile=False, data=None,
-    lam=0.5, alpha=1.0, carry="keep", keep_activations=False, backbone_iters=600,
-    backbone_batch=128, backbone_lr=1e-2, split="test", problems=1000)
-TINY_DEFAULTS = dict(max_length=64, K=4, confident=1.0, think=64, iters=600, batch=64,
-                     accumulate=1, lr=5e-3)
-LARGE_DEFAULTS = dict(max_length=1024, K=4, confident=0.0, think=16, iters=3000, batch=16,
+# In place of the defaults that the options have below:
+LARGE_DEFAULTS = dict(max_length=1024, confident=0.0, think=16, iters=3000, batch=16,
                       accumulate=16, lr=3e-4)
 # What may be given beside --resume; all else is the checkpoint's.
-MAY_CHANGE = ("out", "resume", "weights", "data", "device", "compile", "accumulate",
-              "keep_activations", "lr", "backbone_lr", "split", "problems")
+MAY_CHANGE = ("weights", "data", "device", "compile", "accumulate", "keep_activations", "lr",
+              "backbone_lr", "split", "problems")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options; what is not given is not in the result, its default stands above."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     argument_default=argparse.SUPPRESS)
+    large = ", ".join(f"--{name} {value}" for name, value in LARGE_DEFAULTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="In brackets stand the defaults of a tiny "
+        f"backbone; those of others: {large.replace('_', '-')}.")
 
-    def option(name: str, kind: Callable | None, text: str, **more: Any) -> None:
-        key = name.replace("-", "_")
-        default = DEFAULTS.get(key, f"{TINY_DEFAULTS.get(key)} for tiny, else "
-                                    f"{LARGE_DEFAULTS.get(key)}")
-        group.add_argument(f"--{name}", type=kind, help=f"{text} ({default})", **more)
+    def option(name: str, kind: Callable | None, default: Any, text: str, **more: Any) -> None:
+        group.add_argument(f"--{name}", type=kind, default=default, help=f"{text} ({default})",
+                           **more)
 
     group = parser.add_argument_group("run")
-    option("init", None, f"tiny: trains its own backbone; {', '.join(RELEASES)}, "
+    option("init", None, "tiny", f"tiny: trains its own backbone; {', '.join(RELEASES)}, "
            "ORGANISATION/MODEL on the hub, or a checkpoint folder", metavar="MODEL")
-    option("weights", None, "the weights of --init, where they lie elsewhere", metavar="FOLDER")
-    option("seed", SEED, "seed of all random draws")
+    option("weights", None, None, "the weights of --init, where they lie elsewhere",
+           metavar="FOLDER")
+    option("seed", SEED, 0, "seed of all random draws")
     group.add_argument("--out", type=Path, help="folder of checkpoints and logs (out/INIT)")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run in --out and its settings")
     add_device_options(parser)
 
     group = parser.add_argument_group("data")
-    option("data", None, "tulu3, gsm8k, or a file of JSON lines with question/answer, messages or "
-           "prompt/completion; without: the built-in problems for tiny, else tulu3")
-    option("max-length", COUNT, "longer examples, in tokens, are dropped")
+    option("data", None, None, "tulu3, gsm8k, or a file of JSON lines with question/answer, "
+           "messages or prompt/completion; without: the built-in problems for tiny, else tulu3")
+    option("max-length", COUNT, 64, "longer examples, in tokens, are dropped")
 
     group = parser.add_argument_group("unrolling")
-    option("K", between(int, 1, 1000), "denoising steps of a trajectory")
-    option("lam", FRACTION, "weight of the loss on every masked token; the rest is on those "
+    option("K", LENGTH, 4, "denoising steps of a trajectory")
+    option("lam", FRACTION, 0.5, "weight of the loss on every masked token; the rest is on those "
            "revealed next")
-    option("alpha", POSITIVE, "Dirichlet concentration: the larger, the more alike the steps")
-    option("confident", FRACTION, "share of the rows that reveal where the model is surest, not at "
-           "random")
-    option("think", between(int, 0, 10 ** 5), "half of the batches begin with up to so many passes "
-           "that reveal nothing and have no gradient")
-    option("carry", None, "the memory between steps; reset is the memoryless control",
+    option("alpha", POSITIVE, 1.0, "Dirichlet concentration: the larger, the more alike the steps")
+    option("confident", FRACTION, 1.0, "share of the rows that reveal where the model is surest, "
+           "not at random")
+    option("think", COUNT_OR_ZERO, 64, "half of the batches begin with up to so many passes that "
+           "reveal nothing and have no gradient")
+    option("carry", None, "keep", "the memory between steps; reset is the memoryless control",
            choices=("keep", "reset"))
     group.add_argument("--keep-activations", action="store_true",
                        help="faster than to recompute them, but larger")
 
     group = parser.add_argument_group("optimiser")
-    option("iters", COUNT, "iterations")
-    option("batch", COUNT, "rows of an iteration, over all processes and micro-batches")
-    option("accumulate", COUNT, "micro-batches in which a process takes its rows")
-    option("lr", POSITIVE, "peak learning rate")
+    option("iters", COUNT, 600, "iterations")
+    option("batch", COUNT, 64, "rows of an iteration, over all processes and micro-batches")
+    option("accumulate", COUNT, 1, "micro-batches in which a process takes its rows")
+    option("lr", POSITIVE, 5e-3, "peak learning rate")
 
     group = parser.add_argument_group("tiny backbone and table")
-    option("backbone-iters", COUNT, "iterations")
-    option("backbone-batch", COUNT, "rows of an iteration")
-    option("backbone-lr", POSITIVE, "peak learning rate")
-    option("split", None, "which problems the table uses", choices=("valid", "test"))
-    option("problems", COUNT_OR_ZERO, "how many problems the table uses; 0: no table")
+    option("backbone-iters", COUNT, 600, "iterations")
+    option("backbone-batch", COUNT, 128, "rows of an iteration")
+    option("backbone-lr", POSITIVE, 1e-2, "peak learning rate")
+    option("split", None, "test", "which problems the table uses", choices=("valid", "test"))
+    option("problems", COUNT_OR_ZERO, 1000, "how many problems the table uses; 0: no table")
     return parser
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, from a list of them or the command line. A resumed run has its checkpoint's."""
-    given = vars(make_parser().parse_args(argv))
-    init = given.get("init", DEFAULTS["init"])
-    out = given.setdefault("out", Path("out") / Path(init).resolve().name)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    out = args.out or Path("out") / Path(args.init).resolve().name
     checkpoints = [path for path in (out / "memory.pt", out / "backbone.pt") if path.exists()]
     saved = {}
-    if given.get("resume"):
+    if args.resume:
         ensure(checkpoints, f"{out} holds no checkpoint to go on with; omit --resume, or give "
                "another --out")
         with blame(checkpoints[0], "give the --out of a run of train.py"):
             saved = load_checkpoint(checkpoints[0])["settings"]
-            init = saved["init"]
-            for key, value in given.items():
-                ensure(key in MAY_CHANGE or value == saved[key], f"the run in {out} has {key} = "
-                       f"{saved.get(key)}, not {value}; omit the option, or give another --out")
-        ensure(init != "tiny" or (out / "backbone.pt").exists(), f"{out} has no backbone.pt to go "
-               "on with; give another --out")
+            ensure(saved["init"] != "tiny" or out / "backbone.pt" in checkpoints, f"{out} has no "
+                   "backbone.pt to go on with; give another --out")
+            parser.set_defaults(**saved)
     else:
         has_run = checkpoints or (out / "backbone").exists()
         ensure(not has_run, f"{out} holds a run; go on with it by --resume, or give another --out")
-    weights = given.get("weights") or saved.get("weights") or init
-    kind = "tiny" if init == "tiny" else kind_of(weights)
-    by_kind = TINY_DEFAULTS if kind == "tiny" else LARGE_DEFAULTS
-    return argparse.Namespace(**{**DEFAULTS, **by_kind, **saved, **given})
+        if args.init != "tiny" and kind_of(args.weights or args.init) != "tiny":
+            parser.set_defaults(**LARGE_DEFAULTS)
+    args = parser.parse_args(argv)     # again: over the defaults that hold here
+    for key, value in saved.items():
+        given = getattr(args, key)
+        ensure(key in MAY_CHANGE or given == value, f"the run in {out} has {key} = {value}, not "
+               f"{given}; omit the option, or give another --out")
+    args.out = out
+    return args
 
 
 def check_options(args: argparse.Namespace, world: int) -> None:
@@ -566,14 +560,15 @@ def main() -> None:
     kind = "tiny" if own_backbone else kind_of(weights)
     device, processes = start_device(args.device, kind)
     check_options(args, processes.world)
-    is_first_process = processes.rank == 0
     built_in = kind == "tiny" and args.data is None
     n_problems = args.problems if built_in else 0
-    if is_first_process:
-        plan = [f"backbone, {args.backbone_iters} iterations"] if own_backbone else []
-        plan.append(f"memory, {args.iters} iterations")
-        plan += [f"table, {n_problems} {args.split} problems"] if n_problems else []
-        print(f"{'; '.join(plan)}; on {device} x {processes.world}, into {args.out}", flush=True)
+    plan = f"memory, {args.iters} iterations; "
+    if own_backbone:
+        plan = f"backbone, {args.backbone_iters} iterations; {plan}"
+    if n_problems:
+        plan += f"table, {n_problems} {args.split} problems; "
+    if processes.rank == 0:
+        print(f"{plan}on {device} x {processes.world}, into {args.out}", flush=True)
 
     # 1. data, and a frozen backbone: one of our own, or one off the shelf
     texts = find_texts(args.data, kind)
@@ -581,10 +576,9 @@ def main() -> None:
     config = TINY if own_backbone else read_config(find_weights(weights))
     examples = tokenise(texts, tokenizer, config.eos_id, args.max_length, is_chat(args.init))
     n_held_out = 0 if built_in else min(HELD_OUT, len(examples) // 10)
-    held_out = examples[len(examples) - n_held_out:]
-    examples = examples[:len(examples) - n_held_out]
+    n_seen = len(examples) - n_held_out
     answer_length = DIAL_LENGTH if kind == "tiny" else 0
-    run = Run(args, args.out, examples, answer_length, processes, device)
+    run = Run(args, args.out, examples[:n_seen], answer_length, processes, device)
     if own_backbone:
         backbone = train_backbone(run, config, WORDS)
     else:
@@ -597,21 +591,22 @@ def main() -> None:
     memory = train_memory(run, backbone, args.out / "memory.pt")
 
     # 3. the score: the table of the built-in problems, or the loss of what was held out
-    if is_first_process and held_out:
-        losses = held_out_losses(run, backbone, memory, held_out)
+    if processes.rank > 0:
+        return
+    if n_held_out:
+        losses = held_out_losses(run, backbone, memory, examples[n_seen:])
         shown = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"loss of {n_held_out} held-out examples: {shown}")
-    if is_first_process and n_problems:
+    if n_problems:
         problems = dial_problems(args.split, n_problems)
         text, results = thinking_table(backbone, tokenizer, problems, memory)
         print(f"\n{text}")
         write_atomically(args.out / "table.md", text.encode())
         write_atomically(args.out / "table.json", json.dumps(results).encode())
-    if is_first_process:
-        thinking = " --think 4 --steps 1" if kind == "tiny" else ""
-        print(f"done in {(time.time() - begin) / 60:.1f} minutes; now try\n"
-              f"  python sample.py --init {args.out}{thinking} --show-steps\n"
-              f"  python eval_gsm8k.py --init {args.out}{thinking}")
+    thinking = " --think 4 --steps 1" if kind == "tiny" else ""
+    print(f"done in {(time.time() - begin) / 60:.1f} minutes; now try\n"
+          f"  python sample.py --init {args.out}{thinking} --show-steps\n"
+          f"  python eval_gsm8k.py --init {args.out}{thinking}")
 
 
 if __name__ == "__main__":

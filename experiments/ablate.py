@@ -134,7 +134,7 @@ def fit_variant(run: train.Run, backbone: Backbone, name: str) -> tuple[MetaStat
         variant.change(memory)
     before = [p.detach().clone() for p in memory.parameters()]
     if variant.trained:
-        train.fit_memory(run, backbone, memory, run.out / "ablations" / f"{name}.pt")
+        train.train_memory(run, backbone, run.out / "ablations" / f"{name}.pt", memory)
     else:
         memory.load_state_dict(load_checkpoint(run.out / "memory.pt")["model"])
     moved = [p.numel() for p, old in zip(memory.parameters(), before) if not torch.equal(p, old)]

@@ -53,7 +53,7 @@ class MetaStateLM(LM):
         self.seed = seed
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        backbone, tokenizer, memory, _ = self.models
+        backbone, tokenizer, memory = self.models
         # the protocol's control tokens; words such as Q: end GSM8K's answers only
         controls = [stop for stop in self.protocol.stops if stop.startswith("<")]
         prompts = [prompt_ids(tokenizer, request.args[0], self.protocol.chat)
@@ -62,8 +62,7 @@ class MetaStateLM(LM):
         texts = []
         for first in range(0, len(requests), self.batch_size):
             batch = requests[first:first + self.batch_size]
-            ids, attention_mask = left_padded(prompts[first:first + self.batch_size],
-                                              backbone.config.pad_id, backbone.device)
+            ids, attention_mask = left_padded(prompts[first:first + self.batch_size], backbone)
             seeds = range(self.seed + first, self.seed + first + len(batch))
             canvas = generate(backbone, ids, attention_mask=attention_mask, memory=memory,
                               seeds=seeds, **self.settings)
@@ -127,7 +126,9 @@ def main() -> None:
         num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager,
         confirm_run_unsafe_code=may_execute, bootstrap_iters=1000)
     print(make_table(found))
-    saved = {"identity": models.identity, "protocol": name, "chat": protocol.chat,
+    identity = {"init": choice.name, "backbone": models.backbone.digest(),
+                "memory": choice.checkpoint["digest"] if models.memory else None}
+    saved = {"identity": identity, "protocol": name, "chat": protocol.chat,
              "settings": settings, "results": found["results"]}
     write_atomically(args.out, json.dumps(saved, default=str).encode())
     print(f"the results are in {args.out}")

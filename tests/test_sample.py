@@ -108,10 +108,12 @@ def test_a_text_ends_at_the_first_end_of_text_or_turn(end, run, monkeypatch):
 
 
 @pytest.mark.parametrize("gen_length, steps, block", [
-    (128, 128, 32), (256, 256, 32), (100, 100, 25), (97, 97, 97), (8, 8, 8),
-    (256, 64, 32), (64, 3, 64), (48, 2, 24)])
-def test_the_default_block_fills_the_answer_and_shares_out_the_steps(gen_length, steps, block):
-    assert sample.fitting_block(gen_length, steps, at_most=32) == block
+    (128, 128, 32), (256, 256, 32), (100, 100, 100), (97, 97, 97), (8, 8, 8),
+    (256, 64, 32), (64, 3, 64), (48, 2, 48)])
+def test_the_default_block_is_taken_where_it_fits_answer_and_steps(gen_length, steps, block):
+    args = argparse.Namespace(gen_length=gen_length, steps=steps)
+    settings = sample.sampling_settings(args, sample.SAMPLING_DEFAULTS["llada"])
+    assert settings["block_length"] == block
 
 
 def test_a_blank_is_a_line_that_stands_alone_with_the_space_before_it():

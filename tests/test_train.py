@@ -269,11 +269,14 @@ def test_the_losses_get_what_the_options_say(backbone, memory, monkeypatch):
     assert seen == [{"ids": 1, "visible_share": 0.1}, {"ids": 2, "lam": 0.3, "carry": "reset"}]
 
 
-def test_the_seed_draws_a_new_memory(backbone, monkeypatch):
-    monkeypatch.setattr(train, "fit_memory", lambda *_: None)
+def test_the_seed_draws_a_new_memory(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fit", lambda *_, **__: None)
+    args = train.arguments(["--out", str(tmp_path / "new")])
 
     def drawn(seed):
-        run = train.Run(argparse.Namespace(seed=seed), None, [], 0, None, torch.device("cpu"))
+        args.seed = seed
+        examples = [Text("a", "b")]
+        run = train.Run(args, None, examples, 0, None, torch.device("cpu"))
         return train.train_memory(run, backbone, None).initial_slots
 
     assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
@@ -612,7 +615,7 @@ def test_a_server_that_fails_is_quoted_and_the_fetch_goes_on_after_the_last_whol
     hub.failing = {ORDER[2]: b"the server is tired"}
     with pytest.raises(InputError, match="500.*tired.*--data.*run again"):
         fetched_numbers()
-    part = hub.folder / "conversations.part"
+    part = hub.folder / "conversations.first.part"     # of the revision that is called so
     part.write_bytes(part.read_bytes()[:part.stat().st_size - lost])
     hub.failing, hub.asked = {}, []
     assert fetched_numbers() == ROWS and hub.asked == asked
