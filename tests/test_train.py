@@ -7,9 +7,8 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
@@ -22,8 +21,8 @@ from conftest import ROOT, at_most
 from folders import save_llada
 from metastate import MetaState, load_checkpoint, preset
 from model import TINY, Backbone, InputError, load_backbone, tiny_tokenizer
-from processes import LIMIT, Program, run_two
-from sample import DIAL_LENGTH, WORDS, Processes, dial_problems
+from processes import Program, run_two
+from sample import WORDS, Processes, dial_problems
 from train import Text, TokenIds
 
 TOKENIZER = tiny_tokenizer(WORDS)
@@ -80,18 +79,6 @@ def test_the_last_tenth_of_own_data_is_held_out_and_its_loss_told(tmp_path, monk
     numbers = re.search(r"of 3 held-out examples: frozen (.+), memory reset (.+), MetaState (.+)",
                         said)
     assert len(set(numbers.groups())) == 3
-
-
-def test_an_untrained_memory_has_the_held_out_loss_of_the_frozen_backbone():
-    torch.manual_seed(0)
-    backbone = Backbone(TINY).requires_grad_(False)
-    args = argparse.Namespace(seed=0, alpha=1.0, K=3, think=8, confident=1.0, lam=0.5)
-    run = train.Run(args, None, [], DIAL_LENGTH, Processes(0, 1), torch.device("cpu"))
-    texts = list(map(train.read_text, dial_problems("train", 4)))
-    held_out = train.tokenise(texts, tiny_tokenizer(WORDS), TINY.eos_id, 64, True)
-    losses = train.held_out_losses(run, backbone, MetaState(preset(backbone)), held_out)
-    assert list(losses) == ["frozen", "memory reset", "MetaState"]
-    assert len(set(losses.values())) == 1
 
 
 KILLED = """
@@ -156,30 +143,29 @@ def test_two_processes_with_accumulation_train_as_one_does(whole, tmp_path):
 
 # ------------------------------------------------------------------------- what is kept, and when
 
-
-def test_a_run_is_never_overwritten(whole):
-    out, data = whole
-    before = contents(out)
-    with pytest.raises(InputError, match="--resume"):
-        start("--out", out, "--data", data, *SMALL)
-    assert before == contents(out)
+CHECKPOINTS = ["memory.pt", "backbone.pt"]
 
 
-def test_a_backbone_without_checkpoints_is_not_overwritten(tmp_path):
-    (tmp_path / "backbone").mkdir()
-    (tmp_path / "backbone" / "model.safetensors").write_bytes(b"something")
-    with pytest.raises(InputError, match="holds a run"):
-        train.arguments(["--out", str(tmp_path)])
-
-
-def test_a_run_that_lost_its_backbone_is_not_begun_anew(whole, tmp_path):
-    """assets/tiny for example: its backbone would be overwritten, then its memory be refused."""
+@pytest.mark.parametrize("missing, options, expected", [
+    ([], [], "--resume"),
+    (CHECKPOINTS, [], "holds a run"),                  # but its backbone is there
+    (["backbone.pt"], ["--resume"], "backbone.pt"),    # would be trained anew, and overwritten
+    ([], ["--resume", "--data", "question"], "other data"),
+    ([], ["--resume", "--data", "answer"], "other data")])
+def test_a_run_is_not_overwritten_nor_goes_on_with_other_data(
+        missing, options, expected, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(whole[0], out)
-    (out / "backbone.pt").unlink()
+    for name in missing:
+        (out / name).unlink()
+    for key in ("question", "answer"):                 # data with one of them changed
+        problems = dial_problems("train", 60)
+        problems[30][key] = problems[31][key]
+        (tmp_path / key).write_text("\n".join(map(json.dumps, problems)))
+    monkeypatch.chdir(tmp_path)
     before = contents(out)
-    with pytest.raises(InputError, match="backbone.pt"):
-        start("--out", out, "--resume")
+    with pytest.raises(InputError, match=expected):
+        start("--out", out, *options)
     assert before == contents(out)
 
 
@@ -198,19 +184,6 @@ def test_beside_resume_only_that_may_be_given_which_changes_no_result(whole):
             with pytest.raises(InputError, match=f"has {action.dest} = .*, not "):
                 train.arguments(argv)
     assert train.arguments(["--resume", "--out", str(out), "--K", "3"]).lr == 0.004
-
-
-@pytest.mark.parametrize("key", ["question", "answer"])
-def test_a_run_does_not_go_on_with_other_data(whole, tmp_path, key):
-    out, data = whole
-    before = contents(out)
-    problems = dial_problems("train", 60)
-    problems[30][key] = problems[31][key]
-    changed = tmp_path / "data.jsonl"
-    changed.write_text("\n".join(map(json.dumps, problems)))
-    with pytest.raises(InputError, match="other data"):
-        start("--resume", "--out", out, "--data", changed)
-    assert before == contents(out)
 
 
 def test_a_memory_is_trained_on_the_shipped_backbone_and_goes_on_with_no_other(
@@ -234,11 +207,11 @@ def test_a_memory_is_trained_on_the_shipped_backbone_and_goes_on_with_no_other(
         start("--resume", "--out", out)
 
 
-@pytest.mark.parametrize("name, chat, prompt", [
-    ("small", True, "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
-                    "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    ("My-Base-model", False, "Q\n\n")])
-def test_a_base_model_is_trained_on_plain_text(name, chat, prompt, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, prompt", [
+    ("small", "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("My-Base-model", "Q\n\n")])
+def test_a_base_model_is_trained_on_plain_text(name, prompt, tmp_path, monkeypatch):
     seen = []
     save_llada(tmp_path / name)
     (tmp_path / "data.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
@@ -395,22 +368,20 @@ def test_a_loss_that_is_not_finite_stops_before_any_update(where, factor, tmp_pa
 # ---------------------------------------------------------------------------------------- data
 
 
-def random_examples(n=50):
-    rng = np.random.default_rng(0)
-    return [TokenIds(rng.integers(300, size=rng.integers(2, 9)), rng.integers(300, size=n_answer))
-            for n_answer in rng.integers(2, 9, n)]
+RNG = np.random.default_rng(0)
+EXAMPLES = [TokenIds(RNG.integers(300, size=n_prompt), RNG.integers(300, size=n_answer))
+            for n_prompt, n_answer in RNG.integers(2, 9, (50, 2))]
 
 
-def batches(examples=None, batch=8, answer_length=0, seed=0, draw=None, **more):
-    args = argparse.Namespace(**{**dict(K=4, alpha=1.0, confident=0.3, think=64), **more})
-    return train.Batches(examples or random_examples(), batch, answer_length, TINY.pad_id, seed,
+def batches(examples=EXAMPLES, batch=8, answer_length=0, seed=0, draw=None, **more):
+    args = argparse.Namespace(**dict(K=4, alpha=1.0, confident=0.3, think=64) | more)
+    return train.Batches(examples, batch, answer_length, TINY.pad_id, seed,
                          draw or train.memory_draws(args))
 
 
 def test_batches_mask_the_answer_and_its_padding_and_reveal_all_of_it():
-    data = random_examples()
-    texts = {(*e.prompt.tolist(), -1, *e.answer.tolist()) for e in data}
-    make = batches(data)
+    texts = {(*e.prompt.tolist(), -1, *e.answer.tolist()) for e in EXAMPLES}
+    make = batches()
     for iteration in range(20):
         b = make(iteration)
         assert (b["counts"].sum(1) == b["maskable"].sum(1)).all()      # K steps reveal everything
@@ -443,8 +414,6 @@ def test_rows_have_draws_of_their_own_and_follow_from_seed_and_iteration():
         for other in (batches(draw=draw)(3 + 6), batches(draw=draw, seed=1)(3)):
             assert not np.isin(other["noise"], b["noise"]).any()
             assert not np.array_equal(other["ids"], b["ids"])
-    assert len(np.unique(batches()(3)["counts"] / batches()(3)["maskable"].sum(1)[:, None],
-                         axis=0)) == 8                 # so do the shares of the steps
 
 
 def test_times_cover_a_batch_evenly_and_shares_follow_the_options():
@@ -457,6 +426,7 @@ def test_times_cover_a_batch_evenly_and_shares_follow_the_options():
     assert (alike["counts"].sum(1) == 100).all()       # answers are padded to a length
     assert np.abs(alike["counts"] - 25).max() < 20 and alike["by_confidence"].all()
     assert uneven["counts"].max(1).mean() > 90 and not uneven["by_confidence"].any()
+    assert len(set(uneven["counts"].argmax(1))) > 1    # every row has shares of its own
 
 
 def test_half_of_the_batches_think_a_log_uniform_number_of_passes():
@@ -497,8 +467,8 @@ NULL = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"question": "x"}', "question/answer"), ('{"question": 3, "answer": "x"}', "question/answer"),
-    ('{"messages": "x"}', "messages"), (NULL, "content"), ("[1]", "question/answer"),
+    ('{"question": 3, "answer": "x"}', "question/answer"), ("[1]", "question/answer"),
+    ('{"messages": "x"}', "messages"), (NULL, "content"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', "assistant"),
     ("{", "property name"), ("[" * 100_000, "recursion")])
 def test_bad_lines_are_counted_and_the_first_is_named(line, reason, tmp_path, capsys):
@@ -527,101 +497,70 @@ def test_what_does_not_fit_is_dropped_with_a_count(tmp_path, capsys):
         train.tokenise(texts, tokenizer, 257, 2, chat=True)
 
 
-def test_gsm8k_by_name_is_its_file_in_the_cache(tmp_path, monkeypatch):
-    folder = tmp_path / "metastate" / "gsm8k"
-    folder.mkdir(parents=True)
-    (folder / "train.jsonl").write_text('{"question": "Q", "answer": "A"}\n')
-    (folder / "test.jsonl").write_text('{"question": "not", "answer": "this"}\n')
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert train.find_texts("gsm8k", "llada") == [Text([{"role": "user", "content": "Q"}], "A")]
-
-
 # ------------------------------------------------------------------------------------- Tulu-3
-
-
-class Hub(ThreadingHTTPServer):
-    """A server of rows; failing[offset] is what it says instead of them."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.revisions = []                            # of the next answers, the last for ever
-        self.failing = {}
-        self.asked = []
-        self.slept = []
-        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        hub = self.server
-        query = parse_qs(urlsplit(self.path).query)
-        assert query["dataset"] == ["allenai/tulu-3-sft-mixture"] and query["split"] == ["train"]
-        offset, length = int(query["offset"][0]), int(query["length"][0])
-        failure = None
-        if length > 1:                                 # the first call asks for the total only
-            hub.asked.append(offset)
-            failure = hub.failing.get(offset)
-        rows = [{"row": {"messages": [{"role": "user", "content": f"question {i}"},
-                                      {"role": "assistant", "content": "answer"}]}}
-                for i in range(offset, offset + length)]
-        self.send_response(500 if failure else 200)
-        self.send_header("X-Revision", hub.revisions[0] if hub.revisions else "first")
-        self.end_headers()
-        hub.revisions = hub.revisions[1:] or hub.revisions
-        self.wfile.write(failure or json.dumps({"rows": rows, "num_rows_total": 41}).encode())
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    hub = Hub()
-    hub.folder = tmp_path / "metastate" / "tulu-3"
-    monkeypatch.setenv("HF_DATASETS_SERVER", f"http://127.0.0.1:{hub.server_port}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(train, "TULU_ROWS", 12)
-    monkeypatch.setattr(train, "WINDOW", 4)
-    monkeypatch.setattr(train, "PAUSE", 0.5)
-    monkeypatch.setattr(time, "sleep", hub.slept.append)
-    with at_most(LIMIT):
-        yield hub
-    hub.shutdown()
-    hub.server_close()
-
 
 ORDER = (np.random.default_rng(0).permutation(10) * 4)[:3].tolist()
 ROWS = [offset + i for offset in ORDER for i in range(4)]
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """What the server of rows has been asked for, and what it says: its revisions, the last for
+    ever; the offset at which it fails. The folder is that of the data."""
+    server = SimpleNamespace(revisions=["first"], failing=None, asked=[], slept=[],
+                             folder=tmp_path / "metastate" / "tulu-3")
+
+    def fetch_json(url):
+        query = parse_qs(urlsplit(url).query)
+        assert query["dataset"] == ["allenai/tulu-3-sft-mixture"] and query["split"] == ["train"]
+        offset, length = int(query["offset"][0]), int(query["length"][0])
+        if length > 1:                                 # the first call asks for the total only
+            server.asked.append(offset)
+            if offset == server.failing:
+                raise OSError("the server is tired")
+        rows = [{"row": {"messages": [{"role": "user", "content": f"question {i}"},
+                                      {"role": "assistant", "content": "answer"}]}}
+                for i in range(offset, offset + length)]
+        revision = server.revisions[0]
+        server.revisions = server.revisions[1:] or server.revisions
+        return {"rows": rows, "num_rows_total": 41}, {"X-Revision": revision}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(train, "fetch_json", fetch_json)
+    monkeypatch.setattr(train, "TULU_ROWS", 12)
+    monkeypatch.setattr(train, "WINDOW", 4)
+    monkeypatch.setattr(train, "PAUSE", 0.5)
+    monkeypatch.setattr(time, "sleep", server.slept.append)
+    return server
 
 
 def fetched_numbers():
     return [int(text.prompt[0]["content"].split()[1]) for text in train.find_texts(None, "llada")]
 
 
-def test_tulu_is_fetched_once_in_random_windows(hub):
+def test_tulu_is_fetched_once_in_random_windows(server):
     assert fetched_numbers() == ROWS
-    assert hub.asked == ORDER and hub.slept == [0.5] * 3               # gently
-    assert json.loads((hub.folder / "about.json").read_text())["revision"] == "first"
-    assert fetched_numbers() == ROWS and hub.asked == ORDER            # not asked again
+    assert server.asked == ORDER and server.slept == [0.5] * 3         # gently
+    assert json.loads((server.folder / "about.json").read_text())["revision"] == "first"
+    assert fetched_numbers() == ROWS and server.asked == ORDER         # not asked again
 
 
 @pytest.mark.parametrize("lost, asked", [(0, ORDER[2:]), (300, ORDER[1:]), (1, ORDER[1:])])
-def test_a_server_that_fails_is_quoted_and_the_fetch_goes_on_after_the_last_whole_window(
-        hub, lost, asked):
+def test_a_fetch_that_failed_goes_on_after_the_last_whole_window(server, lost, asked):
     """lost: bytes of the second window that never came to the disk."""
-    hub.failing = {ORDER[2]: b"the server is tired"}
-    with pytest.raises(InputError, match="500.*tired.*--data.*run again"):
+    server.failing = ORDER[2]
+    with pytest.raises(InputError, match="tired.*--data.*run again"):
         fetched_numbers()
-    part = hub.folder / "conversations.part"
+    part = server.folder / "conversations.part"
     part.write_bytes(part.read_bytes()[:part.stat().st_size - lost])
-    hub.failing, hub.asked = {}, []
-    assert fetched_numbers() == ROWS and hub.asked == asked
+    server.failing, server.asked = None, []
+    assert fetched_numbers() == ROWS and server.asked == asked
 
 
-def test_rows_of_two_revisions_are_never_mixed(hub):
-    hub.revisions = ["first"] * 2 + ["second"]
+def test_rows_of_two_revisions_are_never_mixed(server):
+    server.revisions = ["first"] * 2 + ["second"]
     with pytest.raises(InputError, match="changed"):
         fetched_numbers()
-    hub.asked = []
-    assert fetched_numbers() == ROWS and hub.asked == ORDER
-    assert json.loads((hub.folder / "about.json").read_text())["revision"] == "second"
+    server.asked = []
+    assert fetched_numbers() == ROWS and server.asked == ORDER
+    assert json.loads((server.folder / "about.json").read_text())["revision"] == "second"
