@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import GOLDEN
-from diffusion import (REMASKING, Sampling, SamplerState, best_positions, cross_entropy,
-                       diffusion_loss, generate, propose_dream,
-                       select_above_threshold, select_by_chance, select_random_quota,
-                       select_share, unroll)
+from diffusion import (REMASKING, Sampling, SamplerState, cross_entropy, diffusion_loss, generate,
+                       propose_dream, select_above_threshold, select_by_chance,
+                       select_random_quota, select_share, unroll)
 from metastate import MemoryConfig, MetaState
 from model import TINY, Backbone, InputError, load_backbone
 
@@ -132,13 +131,16 @@ def steps_of(memory, monkeypatch):
 @pytest.mark.parametrize("more", [{}, dict(cache=True), dict(cfg_scale=1.0)], ids=str)
 def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
         more, backbone, memory, monkeypatch):
+    """And the time is that of the whole answer: masks of a later block count, those that guidance
+    puts in place of a prompt do not."""
     seen = steps_of(memory, monkeypatch)
-    eligible, told = [], []
+    eligible, told, times = [], [], [torch.ones(4)]
 
     def see(canvas, report):
         rows = report.eligible.any(1).repeat(2 if "cfg_scale" in more else 1)
         eligible.append(rows[:, None, None])
         told.append(report.slots)
+        times.append((canvas == MASK).sum(1) / 12)
 
     torch.manual_seed(2)
     generate(backbone, torch.randint(300, (4, 5)), memory=memory, gen_length=12, block_length=4,
@@ -148,8 +150,9 @@ def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
     for one, rows, slots, after in zip(seen, eligible, told, seen[1:]):
         assert torch.equal(slots, torch.where(rows, one["new_slots"], one["slots"]))
         assert torch.equal(after["slots"], slots)
-    for one in seen:                   # and the memory is at work in every pass
+    for one, t in zip(seen, times):    # and the memory is at work in every pass
         assert (one["new_slots"] != one["slots"]).flatten(1).any(1).all()
+        assert torch.equal(one["t"], t.repeat(2 if "cfg_scale" in more else 1))
 
 
 
@@ -221,18 +224,6 @@ def test_settings_that_cannot_work_are_refused_in_one_sentence(kind, n_masks, se
     with pytest.raises(InputError, match=reason) as error:
         generate(toy(kind), prompt, **dict(gen_length=8, steps=4) | settings)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("settings, want", [
-    (dict(gen_length=10, steps=4), [3, 3, 2, 2]),                              # remainder first
-    (dict(gen_length=12, block_length=6, steps=8), [2, 2, 1, 1] * 2),
-    (dict(gen_length=4, steps=6), [1, 1, 1, 1]),                               # nothing left: stop
-    (dict(gen_length=24, steps=24, remasking="entropy"), [0] + [1] * 22 + [2])])
-def test_reveal_schedules(settings, want):
-    found = []
-    generate(toy("llada"), torch.zeros(1, 3, dtype=torch.long), **settings,
-             on_step=lambda canvas, report: found.append(int(report.revealed.sum())))
-    assert found == want
 
 
 def state(n, step=0, seed=0, **settings):
@@ -430,13 +421,6 @@ def test_chunks_and_recomputing_do_not_change_the_cross_entropy(backbone):
         torch.testing.assert_close(confidence, backbone.head(h).log_softmax(-1).amax(-1))
         torch.testing.assert_close(*(torch.autograd.grad(x.sum(), h, retain_graph=True)[0]
                                      for x in (ce, want)))
-
-
-def test_best_positions_takes_the_best_of_each_row_and_ties_from_the_left():
-    score = torch.tensor([[1.0, 3, 2, 3], [5, 5, 5, 5], [1, 2, 3, 4]])
-    eligible = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    assert best_positions(score, eligible, torch.tensor([3, 2, 2])).long().tolist() == [
-        [0, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def unroll_case(batch=2):

@@ -201,24 +201,6 @@ def test_the_step_is_the_formula_in_values_and_in_all_gradients(n_free_head, rec
             assert b[..., free:].any() and not b[..., :free].any(), name
 
 
-def test_time_means_the_same_in_training_and_sampling(backbone, memory):
-    """Both see t = masked / maskable, of the whole answer and never of a block or of the prompt."""
-    times = []
-    memory.conditioner.register_forward_pre_hook(lambda module, args: times.append(
-        args[0].tolist()))
-    prompt = torch.randint(300, (1, 5))
-    for more in ({}, dict(block_length=4), dict(block_length=4, cache=True)):
-        generate(backbone, prompt, gen_length=8, steps=4, memory=memory, **more)
-    maskable = F.pad(torch.ones(1, 8, dtype=torch.bool), (5, 0))
-    unroll(backbone, memory, torch.randint(300, (1, 13)), maskable,
-           torch.tensor([[2, 2, 2, 2]]), torch.rand(1, 13), torch.tensor([False]), lam=0.5)
-    assert times == [[1.0], [0.75], [0.5], [0.25]] * 4
-    # with guidance the second row has masks for a prompt, which do not count
-    times.clear()
-    generate(backbone, prompt, gen_length=8, steps=2, memory=memory, cfg_scale=1.0)
-    assert times == [[1.0, 1.0], [0.5, 0.5]]
-
-
 def test_the_state_does_not_grow_with_the_text_and_the_work_only_in_proportion(backbone, memory):
     backbone.layers = torch.nn.ModuleList()            # theirs is quadratic
     work = {}

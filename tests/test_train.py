@@ -19,7 +19,7 @@ from torch import nn
 import train
 from conftest import ROOT, at_most
 from folders import save_llada
-from metastate import MetaState, load_checkpoint, preset
+from metastate import MetaState, load_checkpoint
 from model import TINY, Backbone, InputError, load_backbone, tiny_tokenizer
 from processes import Program, run_two
 from sample import WORDS, Processes, dial_problems
