@@ -175,6 +175,8 @@ def test_a_pass_over_a_block_written_out(backbone, memory, monkeypatch):
     generate(backbone, prompt, memory=memory, gen_length=12, block_length=4, steps=9, think=2,
              cache=True, on_step=see)
     assert [one["ids"].shape[1] for one in seen] == [17, 17] + [17, 4, 4] * 3
+    assert [(canvas == MASK).sum().item() for canvas in canvases] == [
+        24, 24, 20, 18, 16, 12, 10, 8, 4, 2, 0]        # of both rows; none while it thinks
     # the last pass of the second block: 4 tokens of the first and 3 of the second are written
     block, canvas = slice(9, 13), canvases[6]
     assert (canvas == MASK).sum(1).tolist() == [5, 5]
@@ -346,20 +348,6 @@ def test_what_a_step_begins_with_is_what_carry_says(backbone, memory, monkeypatc
                 assert torch.equal(after["slots"], want(one["new_slots"]))
     with pytest.raises(InputError, match="two or more"):
         generate(backbone, prompt[:1], memory=memory, carry="shuffle")
-
-
-def test_only_the_memory_changes_while_it_thinks(backbone, memory):
-    """A thinking pass writes nothing, and shows what would be written at once."""
-    prompt, seen = torch.randint(300, (2, 5)), []
-    generate(backbone, prompt, gen_length=8, steps=4, block_length=4, think=3, memory=memory,
-             on_step=lambda canvas, report: seen.append((canvas, report)))
-    for think, (canvas, report) in enumerate(seen[:3]):
-        assert (canvas[:, 5:] == MASK).all() and not report.revealed.any()
-        assert report.eligible[:, 5:9].all() and report.eligible.sum() == 8    # the first block
-        out = generate(backbone, prompt, gen_length=8, steps=2, block_length=4, think=think,
-                       memory=memory)
-        assert torch.equal(out[:, :9], report.guess[:, :9])
-    assert [int(report.revealed.sum()) for _, report in seen[3:]] == [4] * 4
 
 
 def test_blanks_in_a_text_are_filled_in_place(backbone, memory, monkeypatch):
