@@ -155,7 +155,6 @@ def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
         assert torch.equal(one["t"], t.repeat(2 if "cfg_scale" in more else 1))
 
 
-
 def test_a_pass_over_a_block_written_out(backbone, memory, monkeypatch):
     """Thinking passes and the first of a block run the canvas, the others the block: the Injector
     answers its embeddings, the Mixer reads what leaves its layers; the time is that of the whole

@@ -70,7 +70,6 @@ def test_an_untrained_memory_is_an_exact_no_op(name):
         slots = new_slots
 
 
-
 # ---------------------------------------------------------------------- THE STEP, WRITTEN OUT
 
 def written_norm(x, module, t_cond):
