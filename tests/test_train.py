@@ -147,8 +147,8 @@ CHECKPOINTS = ["memory.pt", "backbone.pt"]
 
 
 @pytest.mark.parametrize("missing, options, expected", [
-    ([], [], "--resume"),
-    (CHECKPOINTS, [], "holds a run"),                  # but its backbone is there
+    ([], SMALL, "--resume"),
+    (CHECKPOINTS, SMALL, "holds a run"),               # but its backbone is there
     (["backbone.pt"], ["--resume"], "backbone.pt"),    # would be trained anew, and overwritten
     ([], ["--resume", "--data", "question"], "other data"),
     ([], ["--resume", "--data", "answer"], "other data")])
