@@ -3,11 +3,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from metastate import MetaState, preset, save_checkpoint
-from model import (CONFIG_KEYS, LLADA, PATTERNS, TINY, Backbone, Config, bytes_of_characters,
+from model import (CONFIG_KEYS, LLADA, PATTERNS, TINY, Backbone, bytes_of_characters,
                    original_name, save_backbone)
 from sample import WORDS
 
@@ -24,10 +24,9 @@ def save_run(folder: Path) -> Path:
     """A run's folder as train.py leaves it, with random weights; its memory.pt."""
     torch.manual_seed(0)
     backbone = Backbone(TINY)
-    memory = memory_for(backbone)
     save_backbone(backbone, folder / "backbone", WORDS)
-    save_checkpoint(folder / "memory.pt", memory, iteration=1, optimizers=[], settings={},
-                    backbone={"name": "tiny", "digest": backbone.digest()})
+    save_checkpoint(folder / "memory.pt", memory_for(backbone), iteration=1, optimizers=[],
+                    settings={}, backbone={"name": "tiny", "digest": backbone.digest()})
     return folder / "memory.pt"
 
 
@@ -37,23 +36,28 @@ CONTROL_TOKENS = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|
                   "<|eot_id|>", "<|mdm_mask|>"]
 
 
-def save_llada(folder: Path, config: Config = SMALL_LLADA) -> Backbone:
-    """A checkpoint in LLaDA's layout: its names, its config.json, bytes for a tokeniser."""
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Tensors of float32 or bfloat16 in the format of safetensors."""
+    header, content = {}, b""
+    for name, tensor in tensors.items():
+        data = tensor.detach().view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": "F32" if tensor.dtype == torch.float32 else "BF16",
+                        "shape": tensor.shape, "data_offsets": [len(content), len(content + data)]}
+        content += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def save_llada(folder: Path) -> dict[str, Tensor]:
+    """A random checkpoint in LLaDA's layout: its names, its config.json, bytes for a tokeniser.
+    Returns its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    backbone = Backbone(config)
-    header, arrays, end = {}, [], 0
-    for name, p in backbone.named_parameters():
-        array = p.detach().numpy().astype(np.float32)
-        header[original_name("llada", name)] = {
-            "dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        arrays.append(array)
-        end += array.nbytes
-    text = json.dumps(header).encode()
-    content = b"".join(array.tobytes() for array in arrays)
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
-    values = {theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS["llada"].items()}
-    (folder / "config.json").write_text(json.dumps({"model_type": "llada", **values}))
+    weights = {original_name("llada", name): p
+               for name, p in Backbone(SMALL_LLADA).named_parameters()}
+    write_safetensors(folder / "model.safetensors", weights)
+    config = {theirs: getattr(SMALL_LLADA, ours) for ours, theirs in CONFIG_KEYS["llada"].items()}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llada", **config}))
     tokenizer = {
         "normalizer": None,
         "pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": PATTERNS["llada"]}}]},
@@ -61,4 +65,4 @@ def save_llada(folder: Path, config: Config = SMALL_LLADA) -> Backbone:
         "added_tokens": [{"content": token, "id": 256 + i, "special": True}
                          for i, token in enumerate(CONTROL_TOKENS)]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return backbone
+    return weights

@@ -1,5 +1,5 @@
 """The sampler equals the originals pass by pass and keeps its promises under all settings; the
-losses equal their formulas, and their gradient has no way but the memory."""
+losses equal their formulas, in values and in gradients."""
 import json
 from dataclasses import fields, replace
 
@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import GOLDEN
-from diffusion import (REMASKING, Sampling, SamplerState, best_positions, cross_entropy,
-                       diffusion_loss, generate, propose_dream,
-                       select_above_threshold, select_by_chance, select_random_quota,
-                       select_share, unroll)
+from diffusion import (REMASKING, Sampling, SamplerState, cross_entropy, diffusion_loss, generate,
+                       propose_dream, select_above_threshold, select_by_chance,
+                       select_random_quota, select_share, unroll)
 from metastate import MemoryConfig, MetaState
 from model import TINY, Backbone, InputError, load_backbone
 
@@ -102,21 +101,6 @@ def test_invariants(kind, settings, memory):
             assert torch.equal(alone[0], out[i, 7 - n:])
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_cache_is_exact_where_nothing_outside_the_block_can_change(settings, memory):
-    """One layer without a memory: keys and values come from the embeddings. Or a block that is all
-    there is, memory or not."""
-    torch.manual_seed(0)
-    prompt = torch.randint(300, (2, 5))
-    for n_layer, its_memory, ids in ((1, None, prompt), (2, memory, prompt[:, :0])):
-        backbone = Backbone(replace(TINY, n_layer=n_layer)).eval()
-        block_length = 8 if its_memory else 4
-        exact, cached = (generate(backbone, ids, memory=its_memory, gen_length=8, steps=4,
-                                  block_length=block_length, cache=cache, **settings)
-                         for cache in (False, True))
-        assert torch.equal(exact, cached)
-
-
 @pytest.mark.parametrize("remasking", REMASKING)
 def test_a_rows_random_stream_goes_on_from_pass_to_pass(remasking, backbone):
     """Over uniform logits every pass draws anew: streams that began again would repeat a token."""
@@ -147,13 +131,16 @@ def steps_of(memory, monkeypatch):
 @pytest.mark.parametrize("more", [{}, dict(cache=True), dict(cfg_scale=1.0)], ids=str)
 def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
         more, backbone, memory, monkeypatch):
+    """And the time is that of the whole answer: masks of a later block count, those that guidance
+    puts in place of a prompt do not."""
     seen = steps_of(memory, monkeypatch)
-    eligible, told = [], []
+    eligible, told, times = [], [], [torch.ones(4)]
 
     def see(canvas, report):
         rows = report.eligible.any(1).repeat(2 if "cfg_scale" in more else 1)
         eligible.append(rows[:, None, None])
         told.append(report.slots)
+        times.append((canvas == MASK).sum(1) / 12)
 
     torch.manual_seed(2)
     generate(backbone, torch.randint(300, (4, 5)), memory=memory, gen_length=12, block_length=4,
@@ -163,44 +150,15 @@ def test_slots_run_through_all_steps_and_a_waiting_row_does_not_think_on(
     for one, rows, slots, after in zip(seen, eligible, told, seen[1:]):
         assert torch.equal(slots, torch.where(rows, one["new_slots"], one["slots"]))
         assert torch.equal(after["slots"], slots)
-    for one in seen:                   # and the memory is at work in every pass
+    for one, t in zip(seen, times):    # and the memory is at work in every pass
         assert (one["new_slots"] != one["slots"]).flatten(1).any(1).all()
-
-
-@pytest.mark.parametrize("cache", [False, True])
-def test_what_a_trajectory_shares_is_made_once(cache, backbone, memory, monkeypatch):
-    """Anchors and context, for the canvas of a sampler and for the unroll."""
-    calls = []
-    for thing, name in ((memory, "anchors"), (backbone, "context")):
-        monkeypatch.setattr(thing, name, lambda *args, make=getattr(thing, name), name=name, **more:
-                            calls.append(name) or make(*args, **more))
-    generate(backbone, torch.randint(300, (2, 5)), memory=memory, gen_length=8, block_length=4,
-             steps=4, think=2, cache=cache, cfg_scale=1.0)
-    assert sorted(calls) == ["anchors", "context"]
-    calls.clear()
-    unroll(backbone, memory, **unroll_case(), lam=0.5, think=2)
-    assert sorted(calls) == ["anchors", "context"]
-
-
-# ----------------------------------------------------------------- THE MEMORY UNDER THE CACHE
-
-@pytest.mark.parametrize("kind", ["llada", "dream"])
-def test_a_first_pass_and_a_thinking_one_run_the_canvas_and_the_others_the_block(
-        kind, memory, monkeypatch):
-    backbone, lengths = toy(kind), []
-    run = backbone.run
-    monkeypatch.setattr(backbone, "run",
-                        lambda h, context: lengths.append(h.shape[1]) or run(h, context))
-    for its_memory in (memory, None):
-        lengths.clear()
-        generate(backbone, torch.randint(300, (2, 5)), memory=its_memory, gen_length=12,
-                 block_length=6, steps=6, think=2, cache=True, remasking="maskgit_plus")
-        assert lengths == [17, 17] + [17, 6, 6] * 2
+        assert torch.equal(one["t"], t.repeat(2 if "cfg_scale" in more else 1))
 
 
 def test_a_pass_over_a_block_written_out(backbone, memory, monkeypatch):
-    """The Injector answers the embeddings of the block, the Mixer reads what leaves the block's
-    layers; the time is that of the whole canvas, the anchors are those of the whole answer."""
+    """Thinking passes and the first of a block run the canvas, the others the block: the Injector
+    answers its embeddings, the Mixer reads what leaves its layers; the time is that of the whole
+    canvas, the anchors are those of the whole answer."""
     seen = steps_of(memory, monkeypatch)
     inputs = {"conditioner": [], "injector": [], "mixer": []}
     for name, found in inputs.items():
@@ -208,69 +166,65 @@ def test_a_pass_over_a_block_written_out(backbone, memory, monkeypatch):
             lambda module, args, found=found: found.append(args))
     canvases, confidences = [], []
     prompt = torch.randint(300, (2, 5))
-    generate(backbone, prompt, memory=memory, gen_length=12, block_length=4, steps=9, cache=True,
-             on_step=lambda canvas, report: canvases.append(canvas) or confidences.append(
-                 report.confidence))
+
+    def see(canvas, report):
+        canvases.append(canvas)
+        confidences.append(report.confidence)
+
+    generate(backbone, prompt, memory=memory, gen_length=12, block_length=4, steps=9, think=2,
+             cache=True, on_step=see)
+    assert [one["ids"].shape[1] for one in seen] == [17, 17] + [17, 4, 4] * 3
+    assert [(canvas == MASK).sum().item() for canvas in canvases] == [
+        24, 24, 20, 18, 16, 12, 10, 8, 4, 2, 0]        # of both rows; none while it thinks
     # the last pass of the second block: 4 tokens of the first and 3 of the second are written
-    block, canvas = slice(9, 13), canvases[4]
+    block, canvas = slice(9, 13), canvases[6]
     assert (canvas == MASK).sum(1).tolist() == [5, 5]
     anchors = memory.anchors(torch.arange(17).expand(2, -1) >= 5)
-    slots, h = seen[4]["new_slots"], seen[5]["h"]
+    slots, h = seen[6]["new_slots"], seen[7]["h"]
     assert h.shape == (2, 4, 64)
-    (t,) = inputs["conditioner"][5]
+    (t,) = inputs["conditioner"][7]
     assert t.tolist() == pytest.approx([5 / 12, 5 / 12])
-    target, source, _, bias = inputs["injector"][5]
+    target, source, _, bias = inputs["injector"][7]
     assert torch.equal(target, backbone.embedding(canvas[:, block]))
     assert torch.equal(source, slots)
     assert torch.equal(bias, anchors.to_slots[:, :, block])
-    target, source, _, bias = inputs["mixer"][5]
+    target, source, _, bias = inputs["mixer"][7]
     assert torch.equal(target, slots)
     assert torch.equal(source, h)
     assert torch.equal(bias, anchors.to_tokens[..., block])
     p = backbone.head(h).softmax(-1)                   # (2, 4, V)
     p[..., MASK] = 0
     want = p.amax(-1).masked_fill(canvas[:, block] != MASK, 0)
-    torch.testing.assert_close(confidences[5], F.pad(want, (9, 4)))
-
-
-@pytest.mark.parametrize("kind, masks, settings, reason", [
-    ("llada", 0, dict(), "give block_length"),
-    ("llada", 1, dict(block_length=4), "the prompt has masks"),
-    ("dream", 0, dict(block_length=4), "first pass of a block"),
-    ("dream", 0, dict(block_length=4, remasking="random"), "first pass of a block"),
-    ("dream", 0, dict(block_length=4, remasking="entropy", steps=2), "first pass of a block")])
-def test_what_the_cache_cannot_do_is_refused_in_one_sentence(kind, masks, settings, reason):
-    prompt = torch.randint(300, (2, 5))
-    prompt[0, 2:2 + masks] = MASK
-    with pytest.raises(InputError, match=reason) as error:
-        generate(toy(kind), prompt, gen_length=8, cache=True, **dict(steps=4) | settings)
-    assert "\n" not in str(error.value) and "cache" in str(error.value)
+    torch.testing.assert_close(confidences[7], F.pad(want, (9, 4)))
 
 
 # --------------------------------------------------------------------- THE SAMPLER'S SMALL PARTS
 
-@pytest.mark.parametrize("settings, word", [
-    (dict(gen_length=10, block_length=4, steps=4), "divide"),
-    (dict(gen_length=8, block_length=4, steps=3), "divide"), (dict(gen_length=8, steps=0), "steps"),
-    (dict(gen_length=-2, steps=1), "below 0"), (dict(think=-17, steps=16), "below 0"),
-    (dict(temperature=1e-9), "1e-6"), (dict(alg_temp=1e-9), "1e-6"),
-    (dict(remasking="best"), "best"), (dict(remasking="entropy", threshold=0.9), "threshold"),
-    (dict(remasking="maskgit_plus", threshold=0.9, alg_temp=1.0), "alg_temp")])
-def test_settings_that_cannot_work_are_refused(settings, word):
-    with pytest.raises(InputError, match=word):
-        Sampling(**settings)
 
-
-@pytest.mark.parametrize("settings, want", [
-    (dict(gen_length=10, steps=4), [3, 3, 2, 2]),                              # remainder first
-    (dict(gen_length=12, block_length=6, steps=8), [2, 2, 1, 1] * 2),
-    (dict(gen_length=4, steps=6), [1, 1, 1, 1]),                               # nothing left: stop
-    (dict(gen_length=24, steps=24, remasking="entropy"), [0] + [1] * 22 + [2])])
-def test_reveal_schedules(settings, want):
-    found = []
-    generate(toy("llada"), torch.zeros(1, 3, dtype=torch.long), **settings,
-             on_step=lambda canvas, report: found.append(int(report.revealed.sum())))
-    assert found == want
+@pytest.mark.parametrize("kind, n_masks, settings, reason", [
+    ("llada", 0, dict(gen_length=10, block_length=4, steps=4), "divide"),
+    ("llada", 0, dict(block_length=4, steps=3), "divide"),
+    ("llada", 0, dict(steps=0), "steps"),
+    ("llada", 0, dict(gen_length=-2), "below 0"),
+    ("llada", 0, dict(think=-17), "below 0"),
+    ("llada", 0, dict(temperature=1e-9), "1e-6"),
+    ("llada", 0, dict(alg_temp=1e-9), "1e-6"),
+    ("llada", 0, dict(remasking="best"), "best"),
+    ("llada", 0, dict(remasking="entropy", threshold=0.9), "threshold"),
+    ("llada", 0, dict(remasking="maskgit_plus", threshold=0.9, alg_temp=1.0), "alg_temp"),
+    ("llada", 0, dict(carry="shuffle", cfg_scale=1.0), "no guidance"),
+    ("llada", 0, dict(cache=True), "give block_length"),
+    ("llada", 1, dict(cache=True, block_length=4), "cache .* the prompt has masks"),
+    ("dream", 0, dict(cache=True, block_length=4), "cache .* first pass of a block"),
+    ("dream", 0, dict(cache=True, block_length=4, remasking="random"), "first pass of a block"),
+    ("dream", 0, dict(cache=True, block_length=4, remasking="entropy", steps=2),
+     "first pass of a block")])
+def test_settings_that_cannot_work_are_refused_in_one_sentence(kind, n_masks, settings, reason):
+    prompt = torch.randint(300, (2, 5))
+    prompt[0, :n_masks] = MASK
+    with pytest.raises(InputError, match=reason) as error:
+        generate(toy(kind), prompt, **dict(gen_length=8, steps=4) | settings)
+    assert "\n" not in str(error.value)
 
 
 def state(n, step=0, seed=0, **settings):
@@ -347,7 +301,7 @@ def test_alg_temp_reveals_the_surer_the_sooner():
 
 def test_the_random_order_does_not_look_at_the_confidence():
     confidence = torch.tensor([[0.9, 0.7, 0.5, 0.3, 0.1]])
-    revealed = [select_random_quota(confidence, state(5, seed=seed, steps=5, remasking="random"))
+    revealed = [select_random_quota(confidence, state(5, seed=seed, steps=5))
                 for seed in range(40)]
     assert {int(where.sum()) for where in revealed} == {1}
     assert torch.cat(revealed).any(0).all()
@@ -372,8 +326,6 @@ def test_end_of_text_can_come_last_or_never_at_every_temperature(temperature, ba
     assert (free == TINY.eos_id).any() and not (banned == TINY.eos_id).any()
 
 
-# -------------------------------------------------------------------- THE MEMORY BETWEEN PASSES
-
 def test_what_a_step_begins_with_is_what_carry_says(backbone, memory, monkeypatch):
     seen = steps_of(memory, monkeypatch)
     expected = {"keep": lambda slots: slots, "reset": lambda slots: memory.initial(3),
@@ -393,29 +345,8 @@ def test_what_a_step_begins_with_is_what_carry_says(backbone, memory, monkeypatc
             assert torch.equal(seen[0]["slots"], memory.initial(3))
             for one, after in zip(seen, seen[1:]):
                 assert torch.equal(after["slots"], want(one["new_slots"]))
-    for n, refused in ((1, dict()), (2, dict(cfg_scale=1.0))):
-        with pytest.raises(InputError, match="two or more, and no guidance"):
-            generate(backbone, prompt[:n], memory=memory, carry="shuffle", **refused)
-
-
-def test_only_the_memory_changes_while_it_thinks(backbone, memory):
-    """A thinking pass writes nothing, and shows what would be written at once."""
-    prompt, seen = torch.randint(300, (2, 5)), []
-    generate(backbone, prompt, gen_length=8, steps=4, block_length=4, think=3, memory=memory,
-             on_step=lambda canvas, report: seen.append((canvas, report)))
-    for think, (canvas, report) in enumerate(seen[:3]):
-        assert (canvas[:, 5:] == MASK).all() and not report.revealed.any()
-        assert report.eligible[:, 5:9].all() and report.eligible.sum() == 8    # the first block
-        out = generate(backbone, prompt, gen_length=8, steps=2, block_length=4, think=think,
-                       memory=memory)
-        assert torch.equal(out[:, :9], report.guess[:, :9])
-    assert [int(report.revealed.sum()) for _, report in seen[3:]] == [4] * 4
-    # without a memory, or with one that is reset, there is nothing that a pass could change
-    for given, n_answers in ((dict(memory=memory), 4), (dict(memory=memory, carry="reset"), 1),
-                             (dict(), 1)):
-        answers = {str(generate(backbone, prompt, gen_length=12, steps=1, think=think, **given))
-                   for think in range(4)}
-        assert len(answers) == n_answers
+    with pytest.raises(InputError, match="two or more"):
+        generate(backbone, prompt[:1], memory=memory, carry="shuffle")
 
 
 def test_blanks_in_a_text_are_filled_in_place(backbone, memory, monkeypatch):
@@ -477,13 +408,6 @@ def test_chunks_and_recomputing_do_not_change_the_cross_entropy(backbone):
         torch.testing.assert_close(confidence, backbone.head(h).log_softmax(-1).amax(-1))
         torch.testing.assert_close(*(torch.autograd.grad(x.sum(), h, retain_graph=True)[0]
                                      for x in (ce, want)))
-
-
-def test_best_positions_takes_the_best_of_each_row_and_ties_from_the_left():
-    score = torch.tensor([[1.0, 3, 2, 3], [5, 5, 5, 5], [1, 2, 3, 4]])
-    eligible = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 0]]).bool()
-    assert best_positions(score, eligible, torch.tensor([3, 2, 2])).long().tolist() == [
-        [0, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
 
 
 def unroll_case(batch=2):
@@ -550,18 +474,3 @@ def test_the_unroll_is_the_formula_in_values_and_in_all_gradients(think, backbon
             assert a is None and b is None
         else:
             assert b.any() and (a - b).norm() < 1e-3 * b.norm(), name
-
-
-def test_the_gradient_of_a_late_loss_reaches_early_slots_through_the_memory_alone(
-        backbone, memory, monkeypatch):
-    """Only the last step reveals, so that only its loss counts."""
-    seen = steps_of(memory, monkeypatch)
-    case = unroll_case() | {"counts": torch.tensor([[0, 0, 0, 6], [0, 0, 0, 8]])}
-    for carry, reached in (("keep", True), ("shuffle", True), ("reset", False)):
-        seen.clear()
-        loss, _ = unroll(backbone, memory, **case, lam=0.5, carry=carry)
-        early = [one["new_slots"] for one in seen[:3]] + [one["h"] for one in seen[:3]]
-        gradients = torch.autograd.grad(loss, early, allow_unused=True, retain_graph=True)
-        assert [g is not None and g.any().item() for g in gradients] == [reached] * 6
-        loss.backward()
-        assert all(p.grad is None for p in backbone.parameters())

@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import eval_gsm8k as E
-import sample
 from conftest import SHARED, needs_shared
 from diffusion import generate
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, wilson
 from folders import CONTROL_TOKENS, memory_for, save_run
 from model import TINY, Backbone, byte_pair_tokenizer, bytes_of_characters, tiny_tokenizer
 from processes import run_two
-from sample import DIAL_LENGTH, WORDS, dial_answer, dial_problems, run_program
+from sample import WORDS, dial_answer, dial_problems, run_program
 
 
 @needs_shared
@@ -42,9 +41,8 @@ def test_the_answer_in_a_text_is(rule, text, answer):
 
 
 @pytest.mark.parametrize("answer, gold, by_number, by_string", [
-    ("18", "18", True, True), ("18.", "18", True, True), ("$18", "18", True, True),
-    ("18.00", "18", True, False), ("1,800", "1800", True, True), (".5", "0.50", True, False),
-    ("\u221218", "-18", True, False), ("18", "19", False, False), ("18", "-18", False, False),
+    ("18.", "18", True, True), ("$1,800", "1800", True, True), ("18.00", "18", True, False),
+    (".5", "0.50", True, False), ("\u221218", "-18", True, False), ("18", "-18", False, False),
     ("[invalid]", "1", False, False)])
 def test_answers_compare_as_numbers_or_as_strings(answer, gold, by_number, by_string):
     assert is_correct(answer, f"6 * 3 = 18\n#### {gold}", "numeric") == by_number
@@ -55,38 +53,23 @@ def test_answers_compare_as_numbers_or_as_strings(answer, gold, by_number, by_st
     ("dial", "<|endoftext|> 4"), ("gsm8k", " Question: 4"), ("gsm8k-cot", " Q: 4"),
     ("chat", " Q: 4"), ("chat-few-shot", "</s> 4"), ("paper", " Question: 4")])
 def test_an_answer_is_read_up_to_the_stop_of_its_protocol(protocol, after_it):
-    tokenizer = tiny_tokenizer(WORDS)
-    answer = "The answer is 3. #### 3"
-    text = E.answer_text(tokenizer, tokenizer.encode(answer + after_it), PROTOCOLS[protocol].stops)
-    assert text.strip() == answer
+    tokenizer = TOKENIZERS["tiny"]
+    ids = tokenizer.encode("The answer is 3." + after_it)
+    text = E.answer_text(tokenizer, ids, PROTOCOLS[protocol].stops)
+    assert text.strip() == "The answer is 3."
 
 
 WHOLE = dict(gen_length=256, steps=256)
 BLOCKS = WHOLE | dict(block_length=32)
 COT = WHOLE | dict(remasking="entropy", top_p=0.95)
 PAPER = BLOCKS | dict(cache=True, threshold=0.9)
-
-
-@pytest.mark.parametrize("options, name, chat, shots, rule, settings", [
-    ("", "dial", True, 0, "strict", dict(gen_length=20, steps=5)),
-    ("--init llada-base", "gsm8k", False, 5, "flexible", WHOLE),
-    ("--init llada", "chat-few-shot", True, 5, "flexible", BLOCKS),
-    ("--init dream-base", "gsm8k-cot", False, 8, "cot_strict", COT),
-    ("--init dream", "chat", True, 0, "flexible", COT | dict(top_p=0.9, temperature=0.1)),
-    ("--init llada --no-chat", "gsm8k", False, 5, "flexible", WHOLE),
-    ("--init llada-base --chat", "chat-few-shot", True, 5, "flexible", BLOCKS),
-    ("--init llada --protocol paper", "paper", True, 5, "flexible", PAPER),
-    ("--init dream-base --protocol paper", "paper", False, 5, "flexible", PAPER),
-    ("--init dream-base --protocol paper --chat", "paper", True, 5, "flexible", PAPER),
-    ("--init dream --protocol paper --no-chat", "paper", False, 5, "flexible", PAPER),
-    ("--init dream --protocol gsm8k-cot", "gsm8k-cot", False, 8, "cot_strict", COT),
-    ("--init dream --protocol gsm8k-cot --chat", "gsm8k-cot", True, 8, "cot_strict", COT)])
-def test_a_model_is_evaluated_under(options, name, chat, shots, rule, settings, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *options.split()])
-    args = E.arguments()
-    found, protocol = E.choose_protocol(args.protocol, E.choose_models(args), args.chat)
-    assert (found, protocol.chat, protocol.shots, protocol.rule) == (name, chat, shots, rule)
-    assert E.sampling_settings(args, protocol.settings) == settings
+SHOT = {"question": "q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+SOLVED = "Question: q1\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\nQuestion: q2\nAnswer:"
+SOLVED_COT = "Q: q1\nA: 1+1=2\nThe answer is 2.\n\nQ: q2\nA:"
+DREAM_TURN = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+              "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
+LLADA_TURN = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 def byte_tokenizer(kind, control_tokens):
@@ -100,30 +83,36 @@ TOKENIZERS = {
     "llada": byte_tokenizer("llada", CONTROL_TOKENS),
     "dream": byte_tokenizer("dream", ["<|beginoftext|>", "<|im_start|>", "<|im_end|>"]),
 }
-SOLVED = "Question: q1\nAnswer: 1+1=<<1+1=2>>2\n#### 2\n\nQuestion: q2\nAnswer:"
-SOLVED_COT = "Q: q1\nA: 1+1=2\nThe answer is 2.\n\nQ: q2\nA:"
-DREAM_TURN = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-              "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n")
-LLADA_TURN = ("<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
-@pytest.mark.parametrize("init, protocol, text", [
-    ("tiny", "dial", "q2\nAnswer:"),
-    ("llada-base", "gsm8k", SOLVED),
-    ("llada", "chat-few-shot", LLADA_TURN.format(SOLVED)),
-    ("dream-base", "gsm8k-cot", "<|beginoftext|>" + SOLVED_COT),
-    ("dream", "chat", DREAM_TURN.format("Q: q2\nA:")),
-    ("llada", "paper", LLADA_TURN.format(SOLVED)),
-    ("dream-base", "paper", "<|beginoftext|>" + SOLVED)])
-def test_the_prompt_is(init, protocol, text):
-    kind = init.split("-")[0]
-    choice = sample.Choice(init, init, kind, "base" not in init, None, None)
-    _, protocol = E.choose_protocol(protocol, choice, None)
-    shots = [{"question": "q1", "answer": "1+1=<<1+1=2>>2\n#### 2"}][:protocol.shots]
-    tokenizer = TOKENIZERS[kind]
-    found = E.problem_ids(tokenizer, protocol, {"question": "q2", "answer": ""}, shots)
-    assert found == tokenizer.encode(text)             # control tokens as one id each
+@pytest.mark.parametrize("options, name, shots, rule, settings, prompt", [
+    ("", "dial", 0, "strict", dict(gen_length=20, steps=5), "q2\nAnswer:"),
+    ("--init llada-base", "gsm8k", 5, "flexible", WHOLE, SOLVED),
+    ("--init llada-base --chat", "chat-few-shot", 5, "flexible", BLOCKS, LLADA_TURN.format(SOLVED)),
+    ("--init llada", "chat-few-shot", 5, "flexible", BLOCKS, LLADA_TURN.format(SOLVED)),
+    ("--init llada --no-chat", "gsm8k", 5, "flexible", WHOLE, SOLVED),
+    ("--init llada --protocol paper", "paper", 5, "flexible", PAPER, LLADA_TURN.format(SOLVED)),
+    ("--init dream-base", "gsm8k-cot", 8, "cot_strict", COT, "<|beginoftext|>" + SOLVED_COT),
+    ("--init dream", "chat", 0, "flexible", COT | dict(top_p=0.9, temperature=0.1),
+     DREAM_TURN.format("Q: q2\nA:")),
+    ("--init dream-base --protocol paper", "paper", 5, "flexible", PAPER,
+     "<|beginoftext|>" + SOLVED),
+    ("--init dream --protocol gsm8k-cot", "gsm8k-cot", 8, "cot_strict", COT,
+     "<|beginoftext|>" + SOLVED_COT),
+    ("--init dream --protocol gsm8k-cot --chat", "gsm8k-cot", 8, "cot_strict", COT,
+     DREAM_TURN.format(SOLVED_COT))])
+def test_a_model_is_evaluated_under(options, name, shots, rule, settings, prompt, monkeypatch):
+    """The protocol, its settings, and a prompt of one solved example where it takes any."""
+    monkeypatch.setattr(sys, "argv", ["eval_gsm8k.py", *options.split()])
+    args = E.arguments()
+    choice = E.choose_models(args)
+    found, protocol = E.choose_protocol(args.protocol, choice, args.chat)
+    assert (found, protocol.shots, protocol.rule) == (name, shots, rule)
+    assert E.sampling_settings(args, protocol.settings) == settings
+    tokenizer = TOKENIZERS[choice.kind]
+    problem = {"question": "q2", "answer": ""}
+    ids = E.problem_ids(tokenizer, protocol, problem, [SHOT][:protocol.shots])
+    assert ids == tokenizer.encode(prompt)             # control tokens as one id each
 
 
 def test_the_built_in_problems_are_fixed_and_no_question_is_in_two_splits():
@@ -139,13 +128,8 @@ def test_the_built_in_problems_are_fixed_and_no_question_is_in_two_splits():
         assert not {p["question"] for p in some} & {p["question"] for p in others}
     assert dial_problems("valid", 3) == splits[1][:3]
     assert all(dial_answer(p["question"]) == p["answer"] for p in splits[0])
-
-
-def test_every_word_of_the_built_in_problems_is_one_token():
-    for problem in dial_problems("test", 50):
-        question, answer = map(TOKENIZERS["tiny"].encode, problem.values())
-        assert len(question) == 5 + 2 + 3 * 4 + 1      # counted in the text above
-        assert len(answer) == 4 * 3 + 3 + 1 + 2 <= DIAL_LENGTH - 2
+    question, answer = map(TOKENIZERS["tiny"].encode, splits[0][0].values())   # a word is a token
+    assert len(question) == 5 + 2 + 3 * 4 + 1 and len(answer) == 4 * 3 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("text", [
@@ -254,24 +238,24 @@ def run(monkeypatch, *more):
     run_program(E.main, "")
 
 
-def spy_on(module, name, monkeypatch):
-    """The keyword arguments of every call of a function, which runs as before."""
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of every call of evaluate, which runs as before."""
     calls = []
-    function = getattr(module, name)
+    evaluate = E.evaluate
 
     def spy(*args, **options):
         calls.append(options)
-        return function(*args, **options)
+        return evaluate(*args, **options)
 
-    monkeypatch.setattr(module, name, spy)
+    monkeypatch.setattr(E, "evaluate", spy)
     return calls
 
 
 @pytest.mark.parametrize("carry, todo", [("keep", [4, 5, 6, 7, 8, 9, 10]),
                                          ("shuffle", list(range(11)))])
-def test_an_interrupted_run_goes_on(carry, todo, folder, monkeypatch, capsys):
+def test_an_interrupted_run_goes_on(carry, todo, folder, calls, monkeypatch, capsys):
     """Under shuffle in the batches that it began with: whose memory a row gets depends on them."""
-    calls = spy_on(E, "evaluate", monkeypatch)
     run(monkeypatch, "--out", "whole.jsonl", "--carry", carry)
     whole = (folder / "whole.jsonl").read_text()
     (folder / "cut.jsonl").write_text(whole[:whole.index('"index": 4') + 9])       # within a line
@@ -322,12 +306,10 @@ def test_two_files_are_compared_problem_by_problem(folder, monkeypatch, capsys):
         "B - A: +50.0 points (95 % interval, paired over problems: +0.0 to +100.0)\n")
     with pytest.raises(SystemExit, match="different ones under one number"):
         run(monkeypatch, "--compare", "a.jsonl", "c.jsonl")
-    with pytest.raises(SystemExit, match="data.jsonl cannot be used .*; give a file of results"):
-        run(monkeypatch, "--compare", "a.jsonl", "data.jsonl")
 
 
-def test_solved_examples_are_those_of_the_train_file_never_of_the_scored_one(folder, monkeypatch):
-    calls = spy_on(E, "evaluate", monkeypatch)
+def test_solved_examples_are_those_of_the_train_file_never_of_the_scored_one(
+        folder, calls, monkeypatch):
     options = ["--protocol", "gsm8k", "--limit", "1"]
     run(monkeypatch, *options)
     (folder / "train.jsonl").rename(folder / "gsm8k.jsonl")

@@ -43,7 +43,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "tokenise", tokenise_some)
     for name, value in (("N_PROBLEMS", 4), ("PASSES", (1, 3)), ("QUOTA_STEPS", (2,))):
         monkeypatch.setattr(ablate, name, value)
-    for name, value in (("PROBED_PASSES", 2), ("DIGIT_PASSES", (1, 2)), ("MANY_PASSES", (5, 7))):
+    for name, value in (("PROBED_PASSES", 2), ("MANY_PASSES", (5, 7))):
         monkeypatch.setattr(probe, name, value)
     return start
 
@@ -71,7 +71,7 @@ def test_every_variant_is_trained_measured_and_printed(start, run, capsys):
     rows = [json.loads(line) for line in (run / "ablations.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == names
     iterations = {row["name"]: row["iterations"] for row in rows}
-    assert iterations["K=2"] == 1 and iterations["memoryless-4x"] == 4
+    assert iterations["K=2"] == 1 and iterations["memoryless-2x"] == 2
     printed = capsys.readouterr().out
     assert all(f"|{name}, " in printed for name in names)
     assert (run / "memory.pt").read_bytes() == before
@@ -131,21 +131,20 @@ def test_the_cheapest_schedule_is_within_a_point_of_the_best():
     assert schedules.cheapest(found) == "near"
 
 
-def test_pictures_and_tables_of_runs_are_made(start, run, tmp_path, capsys):
-    names = ("frozen", "memory reset", "memory shuffled", "MetaState")
-    (run / "table.json").write_text(json.dumps({name: {1: [True, False]} for name in names}))
-    (run / "memory.log.jsonl").write_text('{"by_step": [2.0, 1.0]}\n' * 30)
-    label = {"quota, 5 steps": {"correct": [True, True], "passes": [5, 5]}}
-    (run / "schedules.json").write_text(json.dumps({"frozen": label, "MetaState": label}))
-    by_presses = {"1": [0.5, 1.0]}
-    (run / "chains.json").write_text(json.dumps({"frozen": {}, "four": by_presses}))
-    start(plot, run, run, "--table")
-    printed = capsys.readouterr().out
-    assert "|MetaState      | 50.0|" in printed and "|frozen, quota, 5 steps   |100.0|" in printed
+def test_pictures_of_runs_are_made(start, run, tmp_path):
     pytest.importorskip("matplotlib")
-    start(plot, run, "--assets", tmp_path, "--chains", run)
-    assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["chains", "loss", "schedules",
-                                                                    "thinking"]
+    measured = {f"N = {n}": 0.5 for n in plot.PASSES}
+    lines = [json.dumps({"name": name} | measured) for name in ("default", "no-thinking", "K=2")]
+    (run / "ablations.jsonl").write_text("\n".join(lines))
+    found = {"correct": [True, False], "passes": [5, 5]}
+    labels = {"quota, 20 steps": found, "quota, 10 steps": found, "quota, 5 steps": found}
+    results = {"frozen": labels | {"blocks of 4": found}, "MetaState": labels}
+    (run / "schedules.json").write_text(json.dumps(results))
+    (run / "chains.json").write_text(json.dumps({"frozen": {}, "four": {"1": [0.2, 0.9]}}))
+    start(plot, run, run, "--assets", tmp_path, "--chains", run)
+    texts = {path.stem: path.read_text() for path in tmp_path.glob("*.svg")}
+    assert texts.keys() == {"passes", "schedules", "chains"}
+    assert "trained without" in texts["passes"] and "fixed quota" in texts["schedules"]
 
 
 def test_a_probe_finds_what_stands_in_the_slots_and_nothing_else(start, run, capsys):

@@ -1,7 +1,7 @@
 """Bad input ends with exit status 1 or 2 and one sentence, and loses no file."""
 import argparse
+import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,8 +17,8 @@ import sample
 import train
 from folders import save_llada, save_run
 from metastate import preset
-from model import InputError, find_weights
-from processes import Program, run
+from model import InputError
+from processes import Program
 
 PROGRAMS = {"train.py": train, "eval_gsm8k.py": eval_gsm8k, "sample.py": sample}
 OUTSIDE = ("-1", "nan", "inf", "-inf", "1e400", "100000000000000000000000000000000", "x", "")
@@ -94,42 +94,23 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "folder").mkdir()
     for name, data in {
-            "x": b"a file where a folder is needed", "empty.jsonl": b"\n",
-            "binary.jsonl": bytes(range(256)), "deep.jsonl": b"[" * 100_000,
-            "array.jsonl": b'[{"question": "q",\n "answer": "a"}]\n',
+            "x": b"a file where a folder is needed",
+            "nonsense.pt": b"nonsense",
+            "empty.jsonl": b"\n",
+            "binary.jsonl": bytes(range(256)),
             "good.jsonl": b'{"question": "q", "answer": "#### 1"}\n',
             "number.jsonl": b'{"question": 1, "answer": "a"}\n',
             "other.jsonl": b'{"setting": {"init": "other"}}\n',
-            "broken.jsonl": b'{"setting": {}}\n{"index": 0}\n',
-            "zero.pt": b"", "nonsense.pt": b"nonsense", "pickle.pt": b"\x80\x02."}.items():
+            "broken.jsonl": b'{"setting": {}}\n{"index": 0}\n'}.items():
         (folder / name).write_bytes(data)
 
     memory = save_run(folder / "run")
-    (folder / "short.pt").write_bytes(memory.read_bytes()[:5000])
-    torch.save([1, 2], folder / "list.pt")
-    for name, change in {
-            "nan": lambda state: state["model"]["updater.from_read.bias"].fill_(torch.nan),
-            "foreign": lambda state: state["backbone"].update(digest="another"),
-            "wide": lambda state: state["config"].update(d_model=128),
-            "huge": lambda state: state["config"].update(d_slot=10**6),
-            "missing": lambda state: state["model"].pop("sharpness"),
-            "homeless": lambda state: state.update(backbone=None)}.items():
+    for name, value in (("foreign", {"name": "x", "digest": "another"}), ("homeless", None)):
         state = torch.load(memory, weights_only=True)
-        change(state)
-        torch.save(state, folder / f"{name}.pt")
-
-    shutil.copytree(folder / "run", folder / "cut")
-    weights = folder / "cut" / "backbone" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    header = (2).to_bytes(8, "little") + b"[]"
-    for name, file, data in (
-            ("no_weights", "model.safetensors", None), ("list", "model.safetensors", header),
-            ("no_tokens", "tokenizer.json", None), ("no_config", "config.json", b""),
-            ("index", "model.safetensors.index.json", b'{"weight_map": {"a": "gone"}}')):
+        torch.save(state | {"backbone": value}, folder / f"{name}.pt")
+    for name, missing in (("no_weights", "model.safetensors"), ("no_tokens", "tokenizer.json")):
         save_llada(folder / name)
-        (folder / name / file).unlink(missing_ok=True)
-        if data is not None:
-            (folder / name / file).write_bytes(data)
+        (folder / name / missing).unlink()
     return folder
 
 
@@ -140,16 +121,12 @@ train.py --init llada --batch 7                             --batch 7 is no mult
 train.py --init llada --data missing.jsonl                  missing.jsonl.*No such file
 train.py --init llada --data folder                         folder.*directory
 train.py --init llada --data binary.jsonl                   binary.jsonl.*utf-8
-train.py --init llada --data array.jsonl                    2 lines.*0 good ones.*line 1
-train.py --init llada --data deep.jsonl                     1 lines.*line 1.*recursion
-train.py --init llada --data number.jsonl                   line 1.*question/answer
 train.py --init llada                                       tulu-3.*--data
 train.py --init llada --data gsm8k                          GSM8K's train.jsonl.*--data
 train.py --init llada --data good.jsonl                     hf download GSAI-ML/LLaDA-8B-Instruct
 train.py --init nobody                                      no folder nobody
 train.py --init folder                                      folder/config.json
 train.py --resume                                           no checkpoint
-train.py --resume --out folder                              no checkpoint
 train.py --out run                                          run holds a run
 train.py --out x --data good.jsonl                          --out x.*File exists
 train.py --out /proc/none --data good.jsonl                 /proc/none
@@ -158,38 +135,21 @@ train.py --problems 1                                       other sample
 train.py --device abacus                                    --device abacus
 train.py --device meta                                      --device meta
 train.py --carry shuffle                                    --carry
-train.py extra                                              extra
 sample.py --init llada --steps 7 --gen-length 8 --block-length 4        divide
-sample.py --init llada --remasking entropy --threshold 0.5  threshold needs probabilities
-sample.py --cache                                           give block_length
 sample.py --infill none                                     no blank
 sample.py --infill _ --gen-length 6                         omit --gen-length
-sample.py --temperature 1e-300                              1e-6
 sample.py --steps 1000000000                                100000
 sample.py --init llada                                      hf download GSAI-ML/LLaDA-8B-Instruct
 sample.py --init a/b                                        hf download a/b
 sample.py --init x                                          no folder x
-sample.py --init folder                                     folder/config.json
 sample.py --weights nobody                                  no folder nobody
 sample.py --memory nobody.pt                                nobody.pt.*No such file
 sample.py --memory folder                                   folder.*directory
-sample.py --memory zero.pt                                  zero.pt.*train.py wrote
 sample.py --memory nonsense.pt                              nonsense.pt.*train.py wrote
-sample.py --memory pickle.pt                                pickle.pt.*train.py wrote
-sample.py --memory short.pt                                 short.pt.*train.py wrote
-sample.py --memory list.pt                                  list.pt.*train.py wrote
 sample.py --memory homeless.pt                              homeless.pt.*train.py wrote
-sample.py --init run/backbone --memory nan.pt               nan.pt has weights that are not finite
 sample.py --init run/backbone --memory foreign.pt           another backbone
-sample.py --init run/backbone --memory wide.pt              width 128, not 64
-sample.py --init run/backbone --memory huge.pt              huge.pt.*train.py wrote
-sample.py --init run/backbone --memory missing.pt           missing.pt.*train.py wrote
-sample.py --init index --memory run/memory.pt               gone.*No such file
-sample.py --init cut                                        cut/backbone/model.safetensors.*lm_head
-sample.py --init list                                       list/model.safetensors
 sample.py --init no_weights                                 only config.json, tokenizer.json
 sample.py --init no_tokens                                  no_tokens/tokenizer.json.*No such file
-sample.py --init no_config                                  no_config/config.json
 eval_gsm8k.py --carry shuffle --limit 1                     two problems
 eval_gsm8k.py --carry shuffle --cfg-scale 1                 no --cfg-scale
 eval_gsm8k.py --carry shuffle --batch-size 2                three
@@ -201,10 +161,8 @@ eval_gsm8k.py --data number.jsonl                           line 1.*no text
 eval_gsm8k.py --compare x empty.jsonl                       x cannot be used.*results
 eval_gsm8k.py --compare other.jsonl other.jsonl             no problem in common
 eval_gsm8k.py --compare broken.jsonl broken.jsonl           broken.jsonl.*results
-eval_gsm8k.py --limit 0                                     --limit
 eval_gsm8k.py --out /proc/none/x.jsonl --limit 1            /proc/none
 eval_gsm8k.py --out folder --limit 1                        folder.*directory
-eval_gsm8k.py --out x/y --limit 1                           Not a directory
 eval_gsm8k.py --out other.jsonl --limit 1                   init = 'other', not 'tiny'
 """
 
@@ -242,12 +200,9 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(monkeypatch, capsys):
 
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. ..."),
-    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1 GB)"),
     RuntimeError("Invalid buffer size: 18.00 GB"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't "
-                 "allocate memory: you tried to allocate 4000000000000 bytes."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.")])
 def test_every_lack_of_memory_is_one_sentence(error, monkeypatch):
     assert "too small; take smaller batches" in ended(monkeypatch, error)
@@ -262,20 +217,12 @@ def test_an_error_of_ours_names_its_place_on_request(monkeypatch):
         sample.run_program(sample.main, "")
 
 
-@pytest.mark.parametrize("reason", ["No space left on device", "Broken pipe"])
-def test_an_output_that_fails_is_one_sentence(reason, tmp_path):
-    output, errors = Path("/dev/full"), tmp_path / "errors.txt"
-    if reason == "Broken pipe":
-        output = tmp_path / "pipe"
-        os.mkfifo(output)
-        reader = os.open(output, os.O_RDONLY | os.O_NONBLOCK)
-    program = Program("sample.py", folder=tmp_path, stdout=output, stderr=errors)
-    program.wait_until(errors.exists)                  # by then it has opened the pipe, too
-    if reason == "Broken pipe":
-        os.close(reader)
+def test_an_output_that_fails_is_one_sentence(tmp_path):
+    errors = tmp_path / "errors.txt"
+    program = Program("sample.py", folder=tmp_path, stdout=Path("/dev/full"), stderr=errors)
     assert program.wait() == 1
     said = errors.read_text().splitlines()             # the first names the model
-    assert said[1:] == [f"error: the output: {reason}"]
+    assert said[1:] == ["error: the output: No space left on device"]
 
 
 def test_streams_that_are_closed_lose_what_is_said_and_nothing_else(monkeypatch):
@@ -292,6 +239,13 @@ def test_streams_that_are_closed_lose_what_is_said_and_nothing_else(monkeypatch)
     assert done
 
 
+def test_a_terminal_that_knows_ascii_only_shows_the_rest(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.run_program(lambda: print("a \u2591"), "")
+    assert terminal.buffer.getvalue() == b"a ?\n"
+
+
 @pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "0"), ("0", "-2"), ("x", "2")])
 def test_processes_that_cannot_be_are_refused(rank, world, monkeypatch):
     """A negative number of them would turn the sign of the loss."""
@@ -301,22 +255,10 @@ def test_processes_that_cannot_be_are_refused(rank, world, monkeypatch):
         sample.start_device("cpu", "tiny")
 
 
-def test_without_a_home_the_cache_that_is_named_is_used(tmp_path, monkeypatch):
-    save_llada(tmp_path / "hub" / "models--org--x" / "snapshots" / "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)      # as where nobody has one
-    assert find_weights("org/x") == tmp_path / "hub" / "models--org--x" / "snapshots" / "1"
-
-
-def test_a_terminal_that_knows_ascii_only(tmp_path):
-    code, text = run("sample.py", "--show-steps", folder=tmp_path, PYTHONIOENCODING="ascii")
-    assert code == 0 and text.isascii() and "answer, in brackets" in text
-
-
 # ------------------------------------------------------------------------------ files of others
 
 
-def test_a_small_llada_goes_through_all_programs(refused, tmp_path, monkeypatch, capsys):
+def test_a_small_llada_goes_through_all_programs(tmp_path, monkeypatch, capsys):
     """The 8B path on a folder of the real layout with random weights, but for a small memory."""
     def small(backbone):
         return replace(preset(backbone), n_slots=4, d_slot=22, d_time=8)
@@ -326,6 +268,7 @@ def test_a_small_llada_goes_through_all_programs(refused, tmp_path, monkeypatch,
         sample.run_program(PROGRAMS[name].main, "")
         return capsys.readouterr().out
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "preset", small)
     save_llada(tmp_path / "small")
     lines = [json.dumps({"question": "1+1", "answer": "#### 2"})] * 5
@@ -342,9 +285,3 @@ def test_a_small_llada_goes_through_all_programs(refused, tmp_path, monkeypatch,
                 "--block-length", "8")
     assert " of 5 correct" in score and '"cache": true' in score
 
-    other = torch.load(tmp_path / "out" / "ü" / "memory.pt", weights_only=True)
-    other["backbone"]["digest"] = "another"
-    torch.save(other, tmp_path / "other.pt")
-    assert "another backbone" in refused("sample.py --init small --memory other.pt")
-    assert "How far" in run("sample.py", "--memory", "other.pt", "--gen-length", "8",
-                            "--any-backbone")

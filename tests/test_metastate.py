@@ -1,7 +1,6 @@
 """The memory is the method on paper: its step equals the formulas written out, in values and in
 gradients; untrained it is an exact no-op; its cost and its state do not grow with the text."""
 import math
-import os
 from dataclasses import replace
 from functools import partialmethod
 
@@ -20,25 +19,17 @@ from model import DREAM, LLADA, TINY, Backbone, InputError, load_backbone
 MASK = TINY.mask_id
 
 
-def n_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-@pytest.mark.parametrize("backbone_config, want, n_memory, n_backbone, percent", [
-    (TINY, MemoryConfig(64, n_slots=16, d_slot=64, n_head=4, d_time=64, n_free_head=0),
-     91_976, 92_352, 99.6),
+@pytest.mark.parametrize("backbone_config, want, n_parameters", [
+    (TINY, MemoryConfig(64, n_slots=16, d_slot=64, n_head=4, d_time=64, n_free_head=0), 91_976),
     (LLADA, MemoryConfig(4096, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5),
-     46_281_622, 8_015_581_184, 0.58),
+     46_281_622),
     (DREAM, MemoryConfig(3584, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5),
-     43_134_870, 7_615_616_512, 0.57)], ids=["tiny", "llada", "dream"])
-def test_the_presets_are_these(backbone_config, want, n_memory, n_backbone, percent):
+     43_134_870)], ids=["tiny", "llada", "dream"])
+def test_the_presets_are_these(backbone_config, want, n_parameters):
     with torch.device("meta"):
-        backbone = Backbone(backbone_config)
-        memory = MetaState(preset(backbone))
+        memory = MetaState(preset(Backbone(backbone_config)))
     assert memory.config == want
-    assert n_parameters(memory) == n_memory
-    assert n_parameters(backbone) == n_backbone
-    assert 100 * n_memory / n_backbone == pytest.approx(percent, rel=0.01)
+    assert sum(p.numel() for p in memory.parameters()) == n_parameters
 
 
 def test_initialisation_is_1_over_the_root_of_the_inputs_and_what_differs_is_this():
@@ -57,56 +48,26 @@ def test_initialisation_is_1_over_the_root_of_the_inputs_and_what_differs_is_thi
     assert memory.sharpness.tolist() == [[0, 0, 0, 1, 1, 1, 1]] * 2
 
 
-# ---------------------------------------------------------------------------- UNTRAINED: A NO-OP
-
-class NoMemory:
-    """What unroll and the sampler would do without any: the backbone alone."""
-
-    def initial(self, batch):
-        return torch.zeros(batch, 1, 1)
-
-    def anchors(self, maskable, attention_mask=None):
-        return None
-
-    def step(self, backbone, ids, slots, *, t, anchors, context):
-        return backbone.run(backbone.embed(ids), context), slots
-
-
-def untrained(backbone):
-    return MetaState(MemoryConfig(backbone.config.d_model, n_slots=6, d_slot=32, n_head=4,
-                                  d_time=16, n_free_head=1))
-
-
 @pytest.mark.parametrize("name", ["llada_a_fp32", "llada_a_bf16", "dream_a_fp32", "dream_a_bf16"])
 def test_an_untrained_memory_is_an_exact_no_op(name):
     backbone = load_backbone(GOLDEN / name)
-    assert backbone.lm_head.weight.dtype == (torch.bfloat16 if "bf16" in name else torch.float32)
     torch.manual_seed(0)
-    memory = untrained(backbone)
-    prompt = torch.randint(backbone.config.mask_id, (3, 7))
-    attention_mask = torch.ones_like(prompt)
-    attention_mask[0, :3] = 0
-    for more in (dict(think=2), dict(cfg_scale=0.7), dict(cache=True, think=1)):
-        reports = []
-        for its_memory in (None, memory):
-            found = []
-            generate(backbone, prompt, memory=its_memory, attention_mask=attention_mask,
-                     gen_length=8, block_length=4, steps=6, remasking="maskgit_plus",
-                     on_step=lambda canvas, report: found.append((canvas, report)), **more)
-            reports.append(found)
-        for (canvas, without), (other_canvas, with_memory) in zip(*reports, strict=True):
-            assert torch.equal(canvas, other_canvas)
-            assert torch.equal(without.guess, with_memory.guess)
-            assert torch.equal(without.confidence, with_memory.confidence)
-        slots = [report.slots for _, report in reports[1]]
-        assert not any(torch.equal(a, b) for a, b in zip(slots, slots[1:]))    # it works all along
-
-    maskable = torch.arange(7).expand(3, -1) >= 2
-    results = [unroll(backbone, its_memory, prompt, maskable, torch.tensor([[2, 2, 1]] * 3),
-                      torch.rand(3, 7), torch.tensor([True] * 3), lam=0.5, think=1)
-               for its_memory in (NoMemory(), memory)]
-    for without, with_memory in zip(*results):
-        assert torch.equal(without, with_memory)
+    memory = MetaState(MemoryConfig(64, n_slots=6, d_slot=32, n_head=4, d_time=16, n_free_head=1))
+    ids = torch.randint(backbone.config.mask_id, (3, 7))
+    ids[:, 3:] = backbone.config.mask_id
+    attention_mask = torch.ones_like(ids)
+    attention_mask[0, :2] = 0
+    context = backbone.context(ids, attention_mask)
+    want = backbone.run(backbone.embed(ids), context)
+    anchors = memory.anchors(torch.arange(7).expand(3, -1) >= 3, attention_mask)
+    slots = memory.initial(3)
+    for t in (1.0, 0.5):
+        h, new_slots = memory.step(backbone, ids, slots, t=torch.full((3,), t), anchors=anchors,
+                                   context=context)
+        assert torch.equal(h, want) and h.dtype == backbone.lm_head.weight.dtype
+        assert new_slots.dtype == torch.float32
+        assert (new_slots != slots).flatten(1).any(1).all()    # it works all along
+        slots = new_slots
 
 
 # ---------------------------------------------------------------------- THE STEP, WRITTEN OUT
@@ -239,79 +200,15 @@ def test_the_step_is_the_formula_in_values_and_in_all_gradients(n_free_head, rec
             assert b[..., free:].any() and not b[..., :free].any(), name
 
 
-def test_anchors_are_these():
-    """Two slots, an answer of four tokens: their middles at -1/4, 1/4, 3/4 and 5/4 slots, the slots
-    at 0 and 1. The prompt stands one token before the answer, however long it is."""
-    memory = MetaState(MemoryConfig(64, 2, 32, n_head=2, d_time=16, n_free_head=1))
-    with torch.no_grad():
-        memory.sharpness[1, 1] = 2                     # the Injector's head
-    maskable = torch.tensor([[0, 0, 1, 1, 1, 1]]).bool()
-    to_slots, to_tokens = memory.anchors(maskable)
-    distance = torch.tensor([[-3, -3, -1, 1, 3, 5], [-7, -7, -5, -3, -1, 1]]) / 4
-    assert to_tokens.tolist() == [[torch.zeros(2, 6).tolist(), (-distance ** 2).tolist()]]
-    assert to_slots.tolist() == [[torch.zeros(6, 2).tolist(), (-4 * distance ** 2).T.tolist()]]
-
-    # padding and a longer prompt move no anchor, and no slot looks at padding
-    longer = F.pad(maskable, (3, 0))
-    attention_mask = F.pad(torch.ones_like(maskable), (3, 0)).long()
-    padded = memory.anchors(longer, attention_mask)
-    assert torch.equal(padded.to_slots[:, :, 3:], to_slots)
-    assert torch.equal(padded.to_tokens[..., 3:], to_tokens)
-    assert (padded.to_tokens[..., :3] == -math.inf).all()
-    assert torch.equal(memory.anchors(longer).to_tokens[..., 3:], to_tokens)
-    columns = slice(5, 8)
-    assert torch.equal(padded.at(columns).to_slots, padded.to_slots[:, :, columns])
-    assert torch.equal(padded.at(columns).to_tokens, padded.to_tokens[..., columns])
-
-
-def test_time_means_the_same_in_training_and_sampling(backbone, memory):
-    """Both see t = masked / maskable, of the whole answer and never of a block or of the prompt."""
-    times = []
-    memory.conditioner.register_forward_pre_hook(lambda module, args: times.append(
-        args[0].tolist()))
-    prompt = torch.randint(300, (1, 5))
-    for more in ({}, dict(block_length=4), dict(block_length=4, cache=True)):
-        generate(backbone, prompt, gen_length=8, steps=4, memory=memory, **more)
-    maskable = F.pad(torch.ones(1, 8, dtype=torch.bool), (5, 0))
-    unroll(backbone, memory, torch.randint(300, (1, 13)), maskable,
-           torch.tensor([[2, 2, 2, 2]]), torch.rand(1, 13), torch.tensor([False]), lam=0.5)
-    assert times == [[1.0], [0.75], [0.5], [0.25]] * 4
-    # with guidance the second row has masks for a prompt, which do not count
-    times.clear()
-    generate(backbone, prompt, gen_length=8, steps=2, memory=memory, cfg_scale=1.0)
-    assert times == [[1.0, 1.0], [0.5, 0.5]]
-
-
-def one_step(backbone, memory, ids, attention_mask=None):
-    maskable = ids == MASK
-    return memory.step(backbone, ids, memory.initial(len(ids)),
-                       t=masked_fraction(ids, maskable, MASK),
-                       anchors=memory.anchors(maskable, attention_mask),
-                       context=backbone.context(ids, attention_mask))
-
-
-def test_left_padding_and_the_batch_change_nothing(backbone, memory):
-    ids = torch.randint(300, (1, 10))
-    ids[:, 6:] = MASK
-    alone, slots = one_step(backbone, memory, ids)
-    other = torch.randint(300, (1, 14))
-    other[:, 11:] = MASK
-    attention_mask = torch.ones(2, 14)
-    attention_mask[0, :4] = 0
-    for padding in (7, MASK - 1):      # whatever stands there
-        batch = torch.cat((F.pad(ids, (4, 0), value=padding), other))
-        h, both = one_step(backbone, memory, batch, attention_mask)
-        torch.testing.assert_close(h[:1, 4:], alone, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(both[:1], slots, atol=1e-5, rtol=1e-5)
-
-
 def test_the_state_does_not_grow_with_the_text_and_the_work_only_in_proportion(backbone, memory):
     backbone.layers = torch.nn.ModuleList()            # theirs is quadratic
     work = {}
     for T in (200, 400, 600):
         ids = torch.full((2, T), MASK)
         with FlopCounterMode(display=False) as counter:
-            _, slots = one_step(backbone, memory, ids)
+            _, slots = memory.step(backbone, ids, memory.initial(2), t=torch.ones(2),
+                                   anchors=memory.anchors(ids == MASK),
+                                   context=backbone.context(ids))
         assert slots.shape == (2, 5, 32)
         work[T] = counter.get_total_flops()
     assert work[600] - work[400] == work[400] - work[200] > 0
@@ -337,33 +234,32 @@ def test_a_small_gain_is_not_lost_in_bf16():
     torch.testing.assert_close(ratio, torch.full_like(x, 1.001), atol=1e-5, rtol=0)
 
 
+def sorted_shape(tensor):
+    return tuple(sorted(tensor.shape))
+
+
 def test_bf16_is_close_and_recomputing_keeps_no_rounded_weights(backbone, memory):
     """A bf16 backbone's autocast makes copies of the memory's weights. A graph that keeps them for
     each of K steps is what a large memory cannot pay; recomputed, it keeps none. The parameters
     stay in float32, and the loss moves by no more than bf16's rounding explains."""
     exact = losses(backbone, memory)[0].item()
     backbone.to(torch.bfloat16)
-    shapes = {}                        # of every weight, also turned around -> its module
-    for module in ("injector", "mixer", "updater"):
-        for p in getattr(memory, module).parameters():
-            if p.dim() == 2:
-                shapes.setdefault(tuple(sorted(p.shape)), set()).add(module)
-    copied, gradients = {}, {}
+    shapes = {sorted_shape(p) for module in (memory.injector, memory.mixer, memory.updater)
+              for p in module.parameters() if p.dim() == 2}    # of a copy, turned around or not
+    n_copied, gradients = {}, {}
     for backbone.recompute in (False, True):
         kept = {}
 
         def pack(tensor):
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            if tensor.dtype == torch.bfloat16 and sorted_shape(tensor) in shapes:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss, _ = losses(backbone, memory)
-        rounded = [tuple(sorted(tensor.shape)) for tensor in kept.values()
-                   if tensor.dtype == torch.bfloat16]
-        copied[backbone.recompute] = [shapes[shape] for shape in rounded if shape in shapes]
+        n_copied[backbone.recompute] = len(kept)
         gradients[backbone.recompute] = torch.autograd.grad(loss, list(memory.parameters()))
-    assert set().union(*copied[False]) == {"injector", "mixer", "updater"}
-    assert copied[True] == []
+    assert n_copied[False] >= 10 and n_copied[True] == 0       # eight maps, two of the Updater
     assert loss.item() == pytest.approx(exact, rel=0.03) and loss.item() != exact
     for a, b in zip(*gradients.values()):
         torch.testing.assert_close(a, b)
@@ -420,13 +316,6 @@ def test_a_memory_of_another_backbone_is_refused(backbone, memory, tmp_path):
     assert "width 64, not 128" in refusal(path, wider, any_backbone=True)
 
 
-class Evil:
-    """What a pickle can do and a checkpoint must not."""
-
-    def __reduce__(self):
-        return os._exit, (1,)
-
-
 def config(**changes):
     return lambda state: state["config"].update(changes)
 
@@ -436,18 +325,16 @@ def weights(**changes):
 
 
 @pytest.mark.parametrize("break_it", [
-    config(n_slots=10**9), config(n_slots=10**30), config(n_slots=-1), config(n_slots=4),
-    config(n_slots="x"), config(n_slots=None), config(d_slot=2**31 - 1), config(d_slot=0),
-    config(d_time=2**31 - 1), config(n_head=0), config(n_head=5), config(write_layer=1),
-    weights(more=torch.zeros(1)), weights(initial_slots=torch.zeros(5, 31)),
-    weights(initial_slots=3), weights(initial_slots=Evil()),
+    config(n_slots=10**9), config(n_slots=-1), config(n_slots=4), config(n_slots="x"),
+    config(n_head=5), config(write_layer=1), weights(more=torch.zeros(1)),
+    weights(initial_slots=torch.zeros(5, 31)), weights(initial_slots=3),
     lambda state: state["model"]["mixer.q.weight"][:1, :1].fill_(float("nan")),
     lambda state: state["model"]["initial_slots"][:1, :1].fill_(float("inf")),
     lambda state: state["model"].pop("initial_slots"), lambda state: state.pop("model"),
     lambda state: state.update(config=[]), lambda state: state.update(backbone=None),
     lambda state: state["backbone"].pop("digest")])
 def test_a_memory_with_nonsense_in_it_is_refused(break_it, backbone, memory, tmp_path):
-    """Before anything of its sizes is made, and without executing what it holds."""
+    """Before anything of its sizes is made."""
     path = tmp_path / "memory.pt"
     save(path, backbone, memory)
     state = torch.load(path, weights_only=True)
