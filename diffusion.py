@@ -39,10 +39,12 @@ def cross_entropy(backbone: Backbone, h: Tensor, targets: Tensor, chunk: int = 2
 
 def diffusion_loss(backbone: Backbone, ids: Tensor, maskable: Tensor, t: Tensor, noise: Tensor,
                    visible_share: float = 0.0, eps: float = 1e-3) -> Tensor:
-    """Denoising loss at one time per row, weighted by 1/t. ids, maskable (B, T); t (B,) and noise
-    (B, T) uniform in [0, 1). With everything maskable this is LLaDA's pretraining loss; with the
-    answer and its end-of-text padding maskable, its SFT loss. visible_share: the share of the
-    maskable tokens that is scored even where it is visible, as BERT scores unchanged tokens."""
+    """Denoising loss at one time per row. A masked token weighs 1 / p, where p is its chance to be
+    masked; a visible one that is scored weighs 1. ids, maskable (B, T); t (B,) and noise (B, T)
+    uniform in [0, 1): here the time is drawn, not counted as in the memory. With everything
+    maskable this is LLaDA's pretraining loss; with the answer and its end-of-text padding maskable,
+    its SFT loss. visible_share: the share of the maskable tokens that is scored even where it is
+    visible, as BERT scores unchanged tokens."""
     p = (1 - eps) * t[:, None] + eps                                   # (B, 1) mask ratio
     masked = maskable & (noise < p)                                    # (B, T)
     # masked takes the low end of the noise, what is scored though visible the high end
@@ -91,15 +93,15 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     carry: see CARRY. think (ours): passes over the unwritten answer before step 1, whose slots the
     unroll begins with, so that a memory learns to keep what it knows for longer than K steps; under
     reset, which forgets them, none.
-    Returns the mean of L over rows, and that of dense_k for each k, (K,): 0 for a row with nothing
-    left to reveal.
+    Returns the mean of L over rows, and that of dense_k for each k, (K,), in which a row with
+    nothing left to reveal counts as 0.
     """
     mask_id = backbone.config.mask_id
     # without an attention mask: all padding is end-of-text, which is to be learned
     context = backbone.context(ids)
     anchors = memory.anchors(maskable)
     slots = memory.initial(len(ids))                                   # (B, M, d)
-    n_total = maskable.sum(1)                                          # (B,), an answer has an end
+    n_total = maskable.sum(1)          # (B,), never 0: an answer has at least its end-of-text
 
     def denoise(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A step over the canvas with these positions (B, T) masked: h (B, T, D), new slots."""
@@ -124,9 +126,9 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
         picked = backbone.pick(h, masked)                              # (N, D), N may be 0
-        ce, log_p = cross_entropy(backbone, picked, ids[masked])       # (N,) both
+        ce, top_log_p = cross_entropy(backbone, picked, ids[masked])   # (N,) both
         ce = spread(ce, masked)                                        # (B, T)
-        confidence = spread(log_p, masked)                             # (B, T)
+        confidence = spread(top_log_p, masked)                         # (B, T), where masked
 
         # 3. the n_k positions to reveal
         score = torch.where(by_confidence[:, None], confidence, noise)
@@ -139,10 +141,10 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         loss = loss + (w_k * (lam * dense_loss + (1 - lam) * reveal_loss)).mean()
         dense_by_step.append(dense_loss.detach().mean())
 
-        # 5. reveal: what is no longer masked shows the ground truth
+        # 5. reveal the ground truth: no gradient goes through tokens
         masked = masked & ~revealed
 
-        # 6. carry on: the memory is the gradient's only path from a step to the next
+        # 6. carry the slots on: the gradient's only path from a step to the one before
         slots = CARRY[carry](memory, slots)
     return loss, torch.stack(dense_by_step)
 
@@ -201,7 +203,7 @@ class Sampling:
 
 class Report(NamedTuple):
     """What on_step is told of a pass beside the canvas."""
-    eligible: Tensor                   # (B, T) bool: what this pass could have revealed
+    eligible: Tensor                   # (B, T) bool: what is masked, up to the end of the block
     revealed: Tensor                   # (B, T) bool: what it did reveal
     guess: Tensor                      # (B, T): the canvas with what it would write where eligible
     confidence: Tensor                 # (B, T): how sure it is of that
@@ -232,6 +234,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
     if answer_start is not None:       # the memory's anchors and time are those of a whole answer
         maskable[:, answer_start:] = True
     trajectory = Trajectory(backbone, memory, sampling, maskable, attention_mask)
+    # None without a memory; with guidance 2 B rows, with and without prompt
     slots = trajectory.initial_slots()                                 # (B, M, d)
     generators = [torch.Generator(canvas.device).manual_seed(seed)
                   for seed in (range(B) if seeds is None else seeds)]
@@ -241,15 +244,16 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
 
     block_length = sampling.gen_length // sampling.n_blocks
     for i in range(sampling.n_blocks):
-        # Its columns; masks in the prompt are filled with the first block, or are all there is.
+        # The columns of this block. Masks in the prompt are filled with the first one; with
+        # gen_length 0 there are no others.
         block = slice(P + i * block_length, P + (i + 1) * block_length)
         n_begin = (canvas[:, :block.stop] == c.mask_id).sum(1)         # (B,) to fill in this block
-        first_step = -sampling.think if i == 0 else 0                  # below 0: only think
+        first_step = -sampling.think if i == 0 else 0  # steps below 0 reveal nothing: they think
         for step in count(first_step):
             eligible = canvas == c.mask_id                             # (B, T)
             eligible[:, block.stop:] = False
-            over = sampling.threshold is None and step == sampling.steps_per_block
-            if over or not eligible.any():
+            out_of_steps = sampling.threshold is None and step == sampling.steps_per_block
+            if out_of_steps or not eligible.any():
                 break
             state = SamplerState(eligible, n_begin, step, block, sampling, c, generators)
 
@@ -321,7 +325,7 @@ class Trajectory:
         self.backbone = backbone
         self.memory = memory
         self.maskable = maskable                                       # (B, T)
-        # of ids a context knows the shape only, which maskable has, too
+        # a context needs the shape of a canvas, not its tokens
         self.context = backbone.context(maskable, attention_mask, cache=sampling.cache)
         self.anchors = memory.anchors(maskable, attention_mask) if memory else None
 
@@ -435,8 +439,8 @@ def reveal(confidence: Tensor, state: SamplerState, select: Callable) -> Tensor:
     if state.step < 0:
         return torch.zeros_like(state.eligible)
     if state.sampling.cache and state.config.shift and state.step == 0:
-        # Fast-dLLM with Dream: what scores the first token of a block stands before it, and will
-        # not be run again, so that this pass reveals that token and no other.
+        # Fast-dLLM with Dream: what scores the first token of a block stands before the block, and
+        # only this pass runs it. So, as there, this pass reveals that token, and no other.
         column = torch.arange(state.eligible.shape[1], device=confidence.device)       # (T,)
         return state.eligible & (column == state.block.start)
     return select(confidence, state)

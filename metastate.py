@@ -9,8 +9,8 @@ One denoising step, as the figure of the authors' project page has it:
                          |                              v
   s (B, M, d) -----------+------------------------------+--> Updater --> s' (B, M, d)
 
-The Updater is a gated recurrent unit, s' = (1 - z) s + z n. All three see the time t through one
-conditioner, t -> t_cond. In training, K steps:
+The Updater is a gated recurrent unit, s' = (1 - z) s + z n. Injector, Mixer and Updater all see the
+time t through one conditioner, t -> t_cond. In training, K steps:
 
   s0 --> step 1 --> s1 --> step 2 --> s2 --> ... --> step K
             |                 |                         |
@@ -19,7 +19,7 @@ conditioner, t -> t_cond. In training, K steps:
 The ids of a step are those of the step before with some tokens revealed. Gradients run right to
 left along the whole chain of s, and within a step through all layers, whose weights are frozen;
 they stop at the tokens. The module holds no state: slots go in and slots come out, and nothing in
-them grows with T. Cost: O(T M).
+them grows with T. What the memory adds to a step costs O(T M).
 
 Symbols, and where each is from (paper: abstract, project page and its figure; restated: by later
 papers, see the README; ours: chosen here):
@@ -32,8 +32,9 @@ papers, see the README; ours: chosen here):
   t_cond (B, 1, .)  what the conditioner makes of t                             paper
   K, k              unrolled steps, and one of them                             paper
   n_k, w_k          tokens revealed at step k, and their share of all           restated
-  z, r, n           update gate, reset gate, new value                          torch's GRUCell
+  z, r, n           update gate, reset gate, new value                          GRUCell, z = 1 - its
   B, T, H, V        rows of a batch, tokens, heads, vocabulary
+  N                 positions that are picked, of all rows together
 """
 import hashlib
 import math
@@ -64,7 +65,7 @@ def preset(backbone: Backbone) -> MemoryConfig:
     c = backbone.config
     if c.kind == "tiny":
         return MemoryConfig(c.d_model, n_slots=16, d_slot=64, n_head=4, d_time=64)
-    # 11 heads of 128; 5 of them see the prompt as well as the answer
+    # 11 heads of 128; 5 of them have no anchor and look anywhere, at the prompt above all
     return MemoryConfig(c.d_model, n_slots=64, d_slot=1408, n_head=11, d_time=256, n_free_head=5)
 
 
@@ -239,17 +240,18 @@ class MetaState(nn.Module):
 
         ids (B, T); slots (B, M, d), float32; t (B,), see masked_fraction: given, since ids may be
         one block of a canvas, and t is always that of the whole answer; anchors and context: the
-        same in all steps over a canvas. Returns h (B, T, D) for backbone.pick and the new slots.
+        same in all steps over a canvas. Returns h (B, T, D), as it leaves the last layer, for
+        backbone.pick, and the new slots (B, M, d).
         """
         h = backbone.embed(ids)                                        # (B, T, D)
-        # The memory's weights are float32; it computes in the backbone's precision.
-        precision = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
-        # The modules are recomputed, too: each block below casts their weights anew, and the graph
-        # would keep that copy for every step of an unroll.
+        # Weights, norms and slots of the memory are float32, its matrix products in the backbone's
+        # dtype. Autocast makes a cast copy of the weights in every step, which the graph of an
+        # unroll would keep K times; hence the modules are recomputed where the layers are.
+        autocast = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
         recompute = backbone.recompute
 
         # 1. write: every token asks the slots, and what they say joins its embedding
-        with precision:
+        with autocast:
             t_cond = self.conditioner(t)                               # (B, 1, d_time)
             written = recomputed(self.injector, h, slots, t_cond, anchors.to_slots,
                                  enabled=recompute)                    # (B, T, D)
@@ -258,14 +260,13 @@ class MetaState(nn.Module):
         # 2. run: the frozen layers work with what was written
         h = backbone.run(h, context)                                   # (B, T, D)
 
-        # 3. read: every slot asks the tokens (Dream's h stands one token early, which is little
-        # against a slot's stretch)
-        with precision:
+        # 3. read: every slot asks the tokens (Dream's h stands one token early, which is not
+        # corrected: a quarter of a slot's stretch where the answer has 256 tokens)
+        with autocast:
             read = recomputed(self.mixer, slots, h, t_cond, anchors.to_tokens,
                               enabled=recompute)                       # (B, M, d)
 
-        # 4. update: every slot keeps of it what its gates admit
-        with precision:
+            # 4. update: s' = (1 - z) s + z n, where n comes from what was read
             slots = recomputed(self.updater, slots, read, t_cond,
                                enabled=recompute)                      # (B, M, d)
         return h, slots

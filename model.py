@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    kind: str                      # tiny, llada or dream: tensor names, chat template, sampler
+    kind: str                      # tiny, llada or dream: tensor names, chat template, sampler,
+                                   # and where positions begin in a padded row
     vocab_size: int                # rows of the embedding; some have no token
     n_layer: int
     n_head: int
@@ -119,8 +120,8 @@ class Context(NamedTuple):
         return self._replace(cos=self.cos[:, :, columns], sin=self.sin[:, :, columns],
                              columns=columns)
 
-    def update(self, kept: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
-        """Put this pass's keys and values into those that a layer has kept; returns them all."""
+    def store(self, kept: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
+        """Put this pass's keys and values into a layer's entry of the cache; returns them all."""
         if self.columns is None:
             kept[:] = k, v
         else:
@@ -152,13 +153,14 @@ class Layer(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)    # (B, heads, T, head_dim)
 
     def forward(self, h: Tensor, context: Context, kept: list[Tensor] | None = None) -> Tensor:
+        # kept: this layer's entry of context.cache, which is changed in place
         cos, sin = context.cos, context.sin
         x = self.attn_norm(h)                                          # (B, T, D)
         q = rotate(self.split_heads(self.q(x)), cos, sin)              # (B, n_head, T, head_dim)
         k = rotate(self.split_heads(self.k(x)), cos, sin)              # (B, n_kv_head, T, head_dim)
         v = self.split_heads(self.v(x))                                # as k
         if kept is not None:
-            k, v = context.update(kept, k, v)                          # T of the whole canvas
+            k, v = context.store(kept, k, v)                           # T of the whole canvas
         y = F.scaled_dot_product_attention(q, k, v, context.key_mask,
                                            enable_gqa=self.grouped)    # as q
         h = h + self.out(y.transpose(1, 2).flatten(2))                 # (B, T, D)
@@ -181,9 +183,11 @@ class Backbone(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        # True: trade time for memory in training, in the layers, the memory's modules and the loss
+        # True: in training, activations of the layers, of the memory's modules and of the loss are
+        # computed again in the backward pass instead of kept
         self.recompute = False
-        table = torch.empty(config.vocab_size, config.d_model)         # drawn below, or loaded
+        # without a draw of nn.Embedding's own: it is drawn below, or loaded
+        table = torch.empty(config.vocab_size, config.d_model)
         self.embedding = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -227,8 +231,9 @@ class Backbone(nn.Module):
     def pick(self, h: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
         (B, T): (N, D), or (B, T, D) without."""
-        if self.config.shift:          # nothing stands before the first column, which keeps its own
-                                       # (of a block under the cache: see diffusion.reveal)
+        if self.config.shift:
+            # The first column has none before it and keeps its own h. In a block under the cache
+            # that scores nothing, see diffusion.reveal.
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)                # (B, T, D)
         return h if wanted is None else h[wanted]
 

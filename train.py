@@ -67,7 +67,7 @@ def read_text(item: Any) -> Text:
 
 TULU = "allenai/tulu-3-sft-mixture"    # ODC-BY
 TULU_ROWS = 50_000                     # as many as the paper took
-TULU_SEED = 0                          # of their choice
+TULU_SEED = 0                          # of the random choice of windows
 WINDOW = 100                           # rows of one call, the most that the server gives
 PAUSE = 0.7                            # seconds between calls: 500 in 5 minutes are allowed
 
@@ -206,10 +206,10 @@ class Batches:
 
 
 # ---------------------------------------------------------------------------------------- LOSS
-# loss(model, batch): the mean over the rows of a batch, and its parts, step by step.
+# loss(model, batch): the mean over the rows of a batch, and the loss of each unrolled step.
 
-VISIBLE_SHARE = 0.1                    # of the maskable tokens is scored though visible
-THINK_SHARE = 0.5                      # of the batches begin with passes that reveal nothing
+VISIBLE_SHARE = 0.1                    # share of the maskable tokens that is scored though visible
+THINK_SHARE = 0.5                      # share of the batches that begin with thinking passes
 
 
 def backbone_draws(rng: np.random.Generator, maskable: np.ndarray) -> dict:
@@ -223,12 +223,13 @@ def backbone_loss(backbone: Backbone, batch: dict) -> tuple[Tensor, Tensor]:
     # Some visible tokens are scored, too: so the layers learn to keep what they find in the
     # residual stream. What the Injector writes will stand there as a token's embedding does.
     loss = diffusion_loss(backbone, **batch, visible_share=VISIBLE_SHARE)
-    return loss, loss.new_empty(0)     # no steps, so no parts
+    return loss, loss.new_empty(0)     # nothing is unrolled
 
 
 def memory_draws(args: argparse.Namespace) -> Callable:
     """What unroll needs: reveal counts from a Dirichlet-multinomial (the steps' shares, then the
-    tokens by these shares), and how many passes come before, log-uniform from 1 to args.think."""
+    tokens by these shares), and how many passes come before: none in half of the batches, in the
+    others log-uniform from 1 to args.think."""
     def draw(rng: np.random.Generator, maskable: np.ndarray) -> dict:
         B, T = maskable.shape
         shares = rng.dirichlet([args.alpha] * args.K, B)               # (B, K)
@@ -256,7 +257,7 @@ WEIGHT_DECAY = 0.01
 BETAS = (0.9, 0.99)                    # of AdamW
 MOMENTUM = 0.95                        # of Muon
 CLIP = 1.0                             # the largest norm of a gradient
-# parts of names of parameters
+# what the names of its parameters contain:
 BY_ADAMW = ("embedding", "lm_head", "initial_slots", "sharpness", "gain", "conditioner")
 
 
@@ -301,16 +302,17 @@ def tensors(batch: dict, rows: slice, device: torch.device) -> dict:
 
 def global_gradient(run: Run, model: nn.Module, loss: Callable, batch: dict) -> list[float]:
     """Leave the gradient of the mean over the global batch in the parameters; returns that mean and
-    its parts. A process takes its rows in micro-batches; then the processes add up."""
+    those of the unrolled steps. A process takes its rows in micro-batches; then the processes add
+    up."""
     rank, world = run.processes
     n_parts = world * run.args.accumulate
     n_rows = len(batch["ids"]) // n_parts      # check_options sees that it divides
     losses = 0
     for part in range(rank * run.args.accumulate, (rank + 1) * run.args.accumulate):
         rows = slice(part * n_rows, (part + 1) * n_rows)
-        value, parts = loss(model, tensors(batch, rows, run.device))
+        value, by_step = loss(model, tensors(batch, rows, run.device))
         (value / n_parts).backward()
-        losses = losses + torch.cat((value.detach()[None], parts)) / n_parts
+        losses = losses + torch.cat((value.detach()[None], by_step)) / n_parts
     if world > 1:
         for tensor in [losses, *(p.grad for p in model.parameters() if p.grad is not None)]:
             dist.all_reduce(tensor)
@@ -478,7 +480,7 @@ def make_parser() -> argparse.ArgumentParser:
     option("max-length", COUNT, 64, "longer examples, in tokens, are dropped")
 
     group = parser.add_argument_group("unrolling")
-    option("K", LENGTH, 4, "denoising steps of a trajectory")
+    option("K", LENGTH, 4, "denoising steps that are unrolled")
     option("lam", FRACTION, 0.5, "weight of the loss on every masked token; the rest is on those "
            "revealed next")
     option("alpha", POSITIVE, 1.0, "Dirichlet concentration: the larger, the more alike the steps")

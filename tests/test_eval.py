@@ -13,9 +13,11 @@ from conftest import SHARED, needs_shared
 from diffusion import generate
 from eval_gsm8k import PROTOCOLS, extract, is_correct, paired_interval, wilson
 from folders import CONTROL_TOKENS, memory_for, save_run
-from model import TINY, Backbone, byte_pair_tokenizer, bytes_of_characters, tiny_tokenizer
+from metastate import load_memory
+from model import (TINY, Backbone, byte_pair_tokenizer, bytes_of_characters, load_backbone,
+                   load_tokenizer, tiny_tokenizer)
 from processes import run_two
-from sample import WORDS, dial_answer, dial_problems, run_program
+from sample import ASSETS, WORDS, dial_answer, dial_problems, run_program
 
 
 @needs_shared
@@ -190,8 +192,11 @@ def test_no_answer_depends_on_its_batch_and_each_has_its_own_seed_and_passes(tin
 
 
 @pytest.mark.parametrize("carry", ["keep", "reset"])
-def test_an_answer_by_pass_is_the_one_written_at_once_after_it(tiny, carry):
-    backbone, tokenizer, memory = tiny
+def test_an_answer_by_pass_is_the_one_written_at_once_after_it(carry):
+    """Of the trained model, whose answers are words: compared are tokens."""
+    backbone = load_backbone(ASSETS / "tiny" / "backbone")
+    tokenizer = load_tokenizer(ASSETS / "tiny" / "backbone")
+    memory = load_memory(ASSETS / "tiny" / "memory.pt", backbone)
     questions = dial_problems("valid", 5)
     prompts = [E.problem_ids(tokenizer, PROTOCOLS["dial"], p, ()) for p in questions]
     P = len(prompts[0])
