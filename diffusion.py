@@ -315,7 +315,7 @@ class SamplerState(NamedTuple):
 
 class Trajectory:
     """The passes over one canvas, and what they share. With guidance a second copy of the batch,
-    with a memory of its own, sees no prompt: B is twice the sampler's then."""
+    with a memory of its own, sees no prompt: B and N are twice the sampler's then."""
 
     def __init__(self, backbone: Backbone, memory: MetaState | None, sampling: Sampling,
                  maskable: Tensor, attention_mask: Tensor | None):
@@ -334,9 +334,9 @@ class Trajectory:
 
     def denoise(self, canvas: Tensor, slots: Tensor | None, state: SamplerState
                 ) -> tuple[Tensor, Tensor | None]:
-        """Logits (N, V) of the eligible positions, and the new slots."""
+        """Logits (N, V) of the sampler's N eligible positions, and the new slots."""
         sampling, c = state.sampling, state.config
-        context, anchors, eligible = self.context, self.anchors, state.eligible
+        eligible = state.eligible
         if sampling.cfg_scale > 0:
             is_answer = self.maskable[:len(canvas)]
             without_prompt = torch.where(is_answer, canvas, c.mask_id)
@@ -345,24 +345,26 @@ class Trajectory:
         t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B,) of the whole canvas
         at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
 
-        # Under the cache thinking passes and the first of a block run the whole canvas, the others
-        # the block alone, which then is all that the Mixer sees; from here on T is what is run.
+        # What is run, R of the T columns: all of them, but under the cache the block alone once a
+        # pass has run the whole canvas for it. The Mixer then sees no more than the block.
+        ids, is_eligible = canvas, eligible                            # (B, R) both
+        context, anchors = self.context, self.anchors
         if sampling.cache and state.step > 0:
-            canvas, eligible = canvas[:, state.block], eligible[:, state.block]
+            ids, is_eligible = canvas[:, state.block], eligible[:, state.block]
             context = context.at(state.block)
             anchors = anchors and anchors.at(state.block)
 
         if self.memory is None:
-            h = self.backbone.run(self.backbone.embed(canvas), context)        # (B, T, D)
+            h = self.backbone.run(self.backbone.embed(ids), context)           # (B, R, D)
         else:
-            h, new_slots = self.memory.step(self.backbone, canvas, slots, t=t, anchors=anchors,
+            h, new_slots = self.memory.step(self.backbone, ids, slots, t=t, anchors=anchors,
                                             context=context)
             # A row that waits for others to finish their block must not be updated meanwhile.
             slots = torch.where(at_work, new_slots, slots)             # (B, M, d)
-        logits = self.backbone.head(self.backbone.pick(h, eligible))   # (N, V)
+        logits = self.backbone.head(self.backbone.pick(h, is_eligible))        # (N, V)
 
         if sampling.cfg_scale > 0:
-            given, unprompted = logits.chunk(2)
+            given, unprompted = logits.chunk(2)                        # the sampler's (N, V) each
             logits = unprompted + (sampling.cfg_scale + 1) * (given - unprompted)
         if sampling.logits_eos_inf:
             logits[:, c.eos_id] = float("-inf")
