@@ -88,11 +88,12 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         L = sum_k w_k [lam * dense_k + (1 - lam) * reveal_k],    w_k = n_k / (n_1 + ... + n_K)
 
     dense_k averages the cross-entropy over what is masked at step k, reveal_k over what is revealed
-    there. ids, maskable, noise (B, T); counts (B, K): n_k, in sum the row's maskable positions;
-    by_confidence (B,) bool: rows that reveal where the model is surest (ours), not at random;
-    carry: see CARRY. think (ours): passes over the unwritten answer before step 1, whose slots the
-    unroll begins with, so that a memory learns to keep what it knows for longer than K steps; under
-    reset, which forgets them, none.
+    there. ids, maskable (B, T); counts (B, K): n_k, in sum the row's maskable positions; noise
+    (B, T) uniform in [0, 1): a random order of revealing, the highest first; by_confidence (B,)
+    bool: rows that reveal where the model is surest instead (ours); carry: see CARRY. think (ours):
+    passes over the unwritten answer before step 1, whose slots the unroll begins with, so that a
+    memory learns to keep what it knows for longer than K steps; under reset, which forgets them,
+    none.
     Returns the mean of L over rows, and that of dense_k for each k, (K,), in which a row with
     nothing left to reveal counts as 0.
     """
@@ -103,16 +104,16 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
     slots = memory.initial(len(ids))                                   # (B, M, d)
     n_total = maskable.sum(1)          # (B,), never 0: an answer has at least its end-of-text
 
-    def denoise(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    def step(masked: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A step over the canvas with these positions (B, T) masked: h (B, T, D), new slots."""
         canvas = ids.masked_fill(masked, mask_id)                      # (B, T)
         t = masked_fraction(canvas, maskable, mask_id)                 # (B,)
         return memory.step(backbone, canvas, slots, t=t, anchors=anchors, context=context)
 
     n_think = 0 if carry == "reset" else think
-    with torch.no_grad():              # progressive training: no gradient through these passes
+    with torch.no_grad():              # here no gradient: after these passes initial_slots get none
         for _ in range(n_think):
-            _, slots = denoise(maskable, slots)
+            _, slots = step(maskable, slots)
             slots = CARRY[carry](memory, slots)
 
     loss = 0.0
@@ -122,19 +123,19 @@ def unroll(backbone: Backbone, memory: MetaState, ids: Tensor, maskable: Tensor,
         n_k = counts[:, k]                                             # (B,)
 
         # 1. denoise with the memory of the step before
-        h, slots = denoise(masked, slots)                              # (B, T, D), (B, M, d)
+        h, slots = step(masked, slots)                                 # (B, T, D), (B, M, d)
 
         # 2. cross-entropy wherever a token is masked, and how sure the model is there
         picked = backbone.pick(h, masked)                              # (N, D), N may be 0
         ce, top_log_p = cross_entropy(backbone, picked, ids[masked])   # (N,) both
         ce = spread(ce, masked)                                        # (B, T)
-        confidence = spread(top_log_p, masked)                         # (B, T), where masked
+        log_p = spread(top_log_p, masked)      # (B, T), 0 elsewhere, which best_positions ignores
 
         # 3. the n_k positions to reveal
-        score = torch.where(by_confidence[:, None], confidence, noise)
+        score = torch.where(by_confidence[:, None], log_p, noise)      # (B, T)
         revealed = best_positions(score, masked, n_k)                  # (B, T)
 
-        # 4. L_k
+        # 4. this step's term of L
         dense_loss = ce.sum(1) / masked.sum(1).clamp(min=1)            # (B,)
         reveal_loss = (ce * revealed).sum(1) / n_k.clamp(min=1)        # (B,)
         w_k = n_k / n_total                                            # (B,)
@@ -265,7 +266,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
             guess = canvas.masked_scatter(eligible, tokens)            # (B, T)
             confidence = spread(confidence, eligible)                  # (B, T)
 
-            # 3. which of them to reveal: none while the memory thinks
+            # 3. which of them to reveal: none while the memory thinks, see reveal
             revealed = reveal(confidence, state, select)               # (B, T)
 
             # 4. reveal them; what is written stays
@@ -285,11 +286,14 @@ def check_fit(sampling: Sampling, c: Config, carry: str, prompt_ids: Tensor) -> 
     if sampling.cache:
         ensure(not (prompt_ids == c.mask_id).any(), "cache runs the block alone, and the prompt "
                "has masks to fill; give no cache")
+        # Dream's first pass of a block then reveals one token, see reveal. A quota never catches
+        # up; the other ways reveal all that is left in the last step, if that is another one.
         by_quota = sampling.remasking in ("low_confidence", "random")
-        fills = sampling.steps_per_block > 1 and not by_quota
-        ensure(not c.shift or sampling.threshold is not None or fills, "under cache Dream's first "
-               "pass of a block reveals its first token only; give threshold, or one of its own "
-               "ways of remasking with two steps or more for a block")
+        last_step_fills = sampling.steps_per_block > 1 and not by_quota
+        fills = sampling.threshold is not None or last_step_fills
+        ensure(fills or not c.shift, "under cache Dream's first pass of a block reveals its first "
+               "token only; give threshold, or one of its own ways of remasking with two steps or "
+               "more for a block")
 
 
 class SamplerState(NamedTuple):
@@ -314,8 +318,8 @@ class SamplerState(NamedTuple):
 
 
 class Trajectory:
-    """The passes over one canvas, and what they share. With guidance a second copy of the batch,
-    with a memory of its own, sees no prompt: B and N are twice the sampler's then."""
+    """The passes over one canvas, and what they share. B2 is B, or 2 B with guidance: the batch,
+    and below it a copy that sees no prompt and has a memory of its own."""
 
     def __init__(self, backbone: Backbone, memory: MetaState | None, sampling: Sampling,
                  maskable: Tensor, attention_mask: Tensor | None):
@@ -324,7 +328,7 @@ class Trajectory:
             attention_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
         self.backbone = backbone
         self.memory = memory
-        self.maskable = maskable                                       # (B, T)
+        self.maskable = maskable                                       # (B2, T)
         # a context needs the shape of a canvas, not its tokens
         self.context = backbone.context(maskable, attention_mask, cache=sampling.cache)
         self.anchors = memory.anchors(maskable, attention_mask) if memory else None
@@ -334,37 +338,39 @@ class Trajectory:
 
     def denoise(self, canvas: Tensor, slots: Tensor | None, state: SamplerState
                 ) -> tuple[Tensor, Tensor | None]:
-        """Logits (N, V) of the sampler's N eligible positions, and the new slots."""
+        """Logits (N, V) of the N eligible positions, and the new slots (B2, M, d)."""
         sampling, c = state.sampling, state.config
         eligible = state.eligible
         if sampling.cfg_scale > 0:
-            is_answer = self.maskable[:len(canvas)]
-            without_prompt = torch.where(is_answer, canvas, c.mask_id)
-            canvas = torch.cat((canvas, without_prompt))               # (B, T)
-            eligible = eligible.repeat(2, 1)                           # (B, T)
-        t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B,) of the whole canvas
-        at_work = eligible.any(1)[:, None, None]                       # (B, 1, 1)
+            is_answer = self.maskable[:len(canvas)]                    # (B, T)
+            without_prompt = torch.where(is_answer, canvas, c.mask_id)         # (B, T)
+            canvas = torch.cat((canvas, without_prompt))               # (B2, T)
+            eligible = eligible.repeat(2, 1)                           # (B2, T)
+        t = masked_fraction(canvas, self.maskable, c.mask_id)          # (B2,) of the whole canvas
 
-        # What is run, R of the T columns: all of them, but under the cache the block alone once a
-        # pass has run the whole canvas for it. The Mixer then sees no more than the block.
-        ids, is_eligible = canvas, eligible                            # (B, R) both
+        # What is run: all T columns while thinking and in the first pass of a block; in its later
+        # passes, under the cache, only its own R columns. The Mixer then reads the block alone.
+        run_ids, run_eligible = canvas, eligible                       # (B2, R) both, here R = T
         context, anchors = self.context, self.anchors
         if sampling.cache and state.step > 0:
-            ids, is_eligible = canvas[:, state.block], eligible[:, state.block]
+            run_ids, run_eligible = canvas[:, state.block], eligible[:, state.block]
             context = context.at(state.block)
-            anchors = anchors and anchors.at(state.block)
+            if self.memory:
+                anchors = anchors.at(state.block)
 
         if self.memory is None:
-            h = self.backbone.run(self.backbone.embed(ids), context)           # (B, R, D)
+            h = self.backbone.run(self.backbone.embed(run_ids), context)       # (B2, R, D)
         else:
-            h, new_slots = self.memory.step(self.backbone, ids, slots, t=t, anchors=anchors,
+            h, new_slots = self.memory.step(self.backbone, run_ids, slots, t=t, anchors=anchors,
                                             context=context)
-            # A row that waits for others to finish their block must not be updated meanwhile.
-            slots = torch.where(at_work, new_slots, slots)             # (B, M, d)
-        logits = self.backbone.head(self.backbone.pick(h, is_eligible))        # (N, V)
+            # A row with nothing eligible waits for the others: its slots stay as they are, so that
+            # its answer does not depend on its batch.
+            at_work = eligible.any(1)[:, None, None]                   # (B2, 1, 1)
+            slots = torch.where(at_work, new_slots, slots)             # (B2, M, d)
+        logits = self.backbone.head(self.backbone.pick(h, run_eligible))       # (N, V), or (2 N, V)
 
         if sampling.cfg_scale > 0:
-            given, unprompted = logits.chunk(2)                        # the sampler's (N, V) each
+            given, unprompted = logits.chunk(2)                        # (N, V) each
             logits = unprompted + (sampling.cfg_scale + 1) * (given - unprompted)
         if sampling.logits_eos_inf:
             logits[:, c.eos_id] = float("-inf")
@@ -437,7 +443,8 @@ def filtered(logits: Tensor, sampling: Sampling, mask_id: int) -> Tensor:
 # To select what is revealed: from confidences (B, T), bool (B, T).
 
 def reveal(confidence: Tensor, state: SamplerState, select: Callable) -> Tensor:
-    """What this pass reveals: nothing while the memory thinks, else what the settings select."""
+    """What this pass reveals: nothing while the memory thinks; under the cache, in Dream's first
+    pass of a block, that block's first token; else what the settings select."""
     if state.step < 0:
         return torch.zeros_like(state.eligible)
     if state.sampling.cache and state.config.shift and state.step == 0:

@@ -17,9 +17,13 @@ time t through one conditioner, t -> t_cond. In training, K steps:
           loss 1            loss 2                    loss K
 
 The ids of a step are those of the step before with some tokens revealed. Gradients run right to
-left along the whole chain of s, and within a step through all layers, whose weights are frozen;
-they stop at the tokens. The module holds no state: slots go in and slots come out, and nothing in
-them grows with T. What the memory adds to a step costs O(T M).
+left along the chain of s, and within a step through all layers, whose weights are frozen; they stop
+at the tokens. So Mixer and Updater learn from the losses of later steps alone, in step K not at
+all, and as long as what the Injector writes is still zero, it alone learns.
+
+The module holds no state: slots go in and slots come out, and nothing in them grows with T. The
+memory costs a step some 4 D d multiplications a token for the projections of the tokens and 4 M d
+for the attention: linear in T.
 
 Symbols, and where each is from (paper: abstract, project page and its figure; restated: by later
 papers, see the README; ours: chosen here):
@@ -29,12 +33,19 @@ papers, see the README; ours: chosen here):
   D                 width of the backbone                                       its config
   h      (B, T, D)  residual stream of the backbone over T tokens               paper (E_t, h_t)
   t      (B,)       time: masked tokens / maskable tokens                       ours
-  t_cond (B, 1, .)  what the conditioner makes of t                             paper
+  t_cond            what the conditioner makes of t, (B, 1, d_time)             paper
   K, k              unrolled steps, and one of them                             paper
   n_k, w_k          tokens revealed at step k, and their share of all           restated
-  z, r, n           update gate, reset gate, new value                          GRUCell, z = 1 - its
+  z, r, n           update gate, reset gate, new value; z is 1 - GRUCell's z    ours
   B, T, H, V        rows of a batch, tokens, heads, vocabulary
   N                 positions that are picked, of all rows together
+  canvas            the ids of one pass: prompt, then answer, masks where nothing is revealed
+  maskable (B, T)   the positions of the answer, where masks may stand
+
+Beyond symbols. Paper: the order in a step, who asks whom, one conditioner for three modules, a
+GRU-style Updater. Restated: learned initial slots, AdaRMSNorm, K = 4, the loss. Ours: the
+equations of the gates, how t enters, the Injector's zero start, anchors, first passes that think,
+revealing by confidence.
 """
 import hashlib
 import math
@@ -91,7 +102,7 @@ class TimeConditioner(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         frequency = torch.logspace(0, 3, N_FREQUENCIES, device=t.device) * math.pi / 2
         angle = t[:, None, None] * frequency                           # (B, 1, N_FREQUENCIES)
-        return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))
+        return self.mlp(torch.cat((angle.sin(), angle.cos()), dim=-1))         # (B, 1, d_time)
 
 
 class AdaRMSNorm(nn.Module):
@@ -102,7 +113,8 @@ class AdaRMSNorm(nn.Module):
         self.gain = nn.Linear(d_time, d)
 
     def forward(self, x: Tensor, t_cond: Tensor) -> Tensor:
-        gain = self.gain(t_cond).float()           # in bf16, 1 + gain would swallow a small one
+        # (B, 1, d); in bf16, 1 + gain would swallow a small one
+        gain = self.gain(t_cond).float()
         return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + gain)
 
 
@@ -187,13 +199,13 @@ class MetaState(nn.Module):
         self.mixer = Mixer(c.d_slot, c.d_model, c)
         self.updater = Updater(c)
         # How strongly a head holds to its anchor: row 0 the Mixer's heads, row 1 the Injector's.
-        self.sharpness = nn.Parameter(torch.empty(2, c.n_head))
+        self.sharpness = nn.Parameter(torch.empty(2, c.n_head))        # (2, H)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All initialisation: every weight drawn with a standard deviation of 1 / sqrt(inputs) and
-        every bias 0, and then what differs, some of it drawn again. The Injector's output is zero:
-        an untrained memory is a no-op."""
+        """All initialisation. Weights: normal, standard deviation 1 / sqrt(inputs); biases: 0. Then
+        what differs: initial slots, sharpness, the norms' gains (0: no effect of t yet) and the
+        Injector's output (0: an untrained memory is a no-op)."""
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -238,15 +250,15 @@ class MetaState(nn.Module):
              context: Context) -> tuple[Tensor, Tensor]:
         """One denoising step, as drawn above.
 
-        ids (B, T); slots (B, M, d), float32; t (B,), see masked_fraction: given, since ids may be
-        one block of a canvas, and t is always that of the whole answer; anchors and context: the
-        same in all steps over a canvas. Returns h (B, T, D), as it leaves the last layer, for
-        backbone.pick, and the new slots (B, M, d).
+        ids (B, T): a canvas, or under the sampler's cache one block of it, to which anchors and
+        context are then cut by their at(). slots (B, M, d), float32. t (B,), see masked_fraction,
+        is that of the whole answer, which ids may not show. Returns h (B, T, D), as it leaves the
+        last layer, for backbone.pick, and the new slots (B, M, d).
         """
         h = backbone.embed(ids)                                        # (B, T, D)
         # Weights, norms and slots of the memory are float32, its matrix products in the backbone's
-        # dtype. Autocast makes a cast copy of the weights in every step, which the graph of an
-        # unroll would keep K times; hence the modules are recomputed where the layers are.
+        # dtype. Autocast's cast copies of the weights last until its block ends: K steps make K of
+        # them, and the graph would keep them all if the modules were not recomputed.
         autocast = torch.autocast(h.device.type, h.dtype, enabled=h.dtype != torch.float32)
         recompute = backbone.recompute
 
@@ -260,8 +272,8 @@ class MetaState(nn.Module):
         # 2. run: the frozen layers work with what was written
         h = backbone.run(h, context)                                   # (B, T, D)
 
-        # 3. read: every slot asks the tokens (Dream's h stands one token early, which is not
-        # corrected: a quarter of a slot's stretch where the answer has 256 tokens)
+        # 3. read: every slot asks the tokens. Dream's h at i scores token i + 1, so that its slots
+        # read one token off their anchors; with 64 slots on 256 tokens, 4 each, it is left so.
         with autocast:
             read = recomputed(self.mixer, slots, h, t_cond, anchors.to_tokens,
                               enabled=recompute)                       # (B, M, d)

@@ -178,7 +178,8 @@ def recomputed(function: Callable, *inputs: Any, enabled: bool) -> Any:
 
 
 class Backbone(nn.Module):
-    """Masked-diffusion transformer: token ids to logits, every position sees every other."""
+    """Masked-diffusion transformer: token ids to logits, every position sees every other. Trainable
+    until load_backbone or train.train_backbone has frozen it."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -232,8 +233,9 @@ class Backbone(nn.Module):
         """Align h (B, T, D) with the tokens it scores, then keep the wanted positions, a bool
         (B, T): (N, D), or (B, T, D) without."""
         if self.config.shift:
-            # The first column has none before it and keeps its own h. In a block under the cache
-            # that scores nothing, see diffusion.reveal.
+            # Column 0 has no predecessor and keeps its own h. Where a cached pass runs one block,
+            # column 0 is the block's first token, which the pass before has revealed
+            # (diffusion.reveal): that h is never scored.
             h = torch.cat((h[:, :1], h[:, :-1]), dim=1)                # (B, T, D)
         return h if wanted is None else h[wanted]
 
