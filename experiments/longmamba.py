@@ -2,7 +2,7 @@
 of this project's source documents: a fixed-size memory, as MetaState's slots are, with the opposite
 cure. MetaState learns what to keep; LongMamba trains nothing and writes less.
 
-    python experiments/longmamba.py --seeds 0 1 2 --plot longmamba.png     # some minutes a seed
+    python experiments/longmamba.py --seeds 0 1 2 --plot longmamba.svg     # some minutes a seed
 
 A channel of Mamba forgets by exp(Delta_t A) at every token. Over the training length L the product
 of these decays stays near 1 in some channels, the global ones, and vanishes in others, the local
@@ -365,7 +365,8 @@ def print_row(seed: int, found: dict) -> None:
 def plot(results: list[dict], path: Path) -> None:
     """Needles by length: every seed a thin line, their mean a thick one."""
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    plt.style.use(Path(__file__).with_name("pictures.mplstyle"))
+    figure, axis = plt.subplots()
     for arm, color in (("vanilla", "0.4"), ("LongMamba", "C0")):
         lines = [[100 * x["right"]["needle"] for x in found["scores"][arm]] for found in results]
         axis.plot(LENGTHS, np.transpose(lines), color=color, linewidth=0.8, alpha=0.5)
@@ -373,18 +374,17 @@ def plot(results: list[dict], path: Path) -> None:
         axis.plot(LENGTHS, mean, "o-", color=color, linewidth=2.5)
         axis.annotate(f"{arm} {mean[-1]:.0f} %", (LENGTHS[-1], mean[-1]), (8, 0), color=color,
                       textcoords="offset points", va="center", weight="bold")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_xscale("log", base=2)
     axis.set_xticks(LENGTHS, LENGTHS)
     axis.set(xlabel=f"tokens of the input (trained at {TRAIN_LENGTH})", ylim=(0, 103),
              ylabel="needles recalled (%)", title="Writing less keeps needles that Mamba forgets")
-    figure.savefig(path, dpi=200)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small Mamba and test LongMamba on it.")
     parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], help="one model each")
-    parser.add_argument("--plot", type=Path, help="a PNG file to draw; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="a picture to draw; needs matplotlib")
     args = parser.parse_args()
     torch.set_num_threads(1)               # tensors are small: more threads do not pay
     print(f"| {' | '.join(map(str, COLUMNS))} |\n{'|---' * len(COLUMNS)}|", flush=True)

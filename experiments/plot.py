@@ -37,15 +37,15 @@ def label_axes(axis, title: str, x: str, y: str, ticks: Sequence[int]) -> None:
 
 def draw_passes(axis, runs: list[list[dict]]) -> None:
     """Passes over an unwritten answer, trained with first passes and without."""
-    for name, shown, color in (("default", "MetaState", "C0"),
-                               ("no-thinking", "trained without\nfirst passes", "C2"),
-                               ("memoryless", "no memory", "C1")):
+    for name, shown, color, at in (("default", "MetaState", "C0", -1),
+                                   ("no-thinking", "trained without first passes", "C2", 2),
+                                   ("memoryless", "no memory", "C1", -1)):
         found = [row for rows in runs for row in rows if row["name"] == name]
         if found:
             draw_seeds(axis, PASSES, [[row[f"N = {n}"] for n in PASSES] for row in found], shown,
-                       color)
-    label_axes(axis, "What was worked out stays", "passes over an answer of nothing but masks",
-               "whole answers right (%)", PASSES)
+                       color, at, offset=(8, 4))
+    label_axes(axis, "What was worked out stays, if training has held it",
+               "passes over an answer of nothing but masks", "whole answers right (%)", PASSES)
 
 
 def draw_schedules(axis, runs: list[dict]) -> None:
@@ -55,13 +55,13 @@ def draw_schedules(axis, runs: list[dict]) -> None:
         passes = [np.mean(runs[0][name][label]["passes"]) for label in labels]
         right = [[np.mean(run[name][label]["correct"]) for label in labels] for run in runs]
         draw_seeds(axis, passes, right, f"{name}, fixed quota", color, at=2,
-                   offset=(8, -14 if name == "MetaState" else 12))
+                   offset=(8, -14 if name == "MetaState" else 16))
     blocks = [found for run in runs for label, found in run["frozen"].items() if "blocks" in label]
     x = np.mean([np.mean(found["passes"]) for found in blocks])
     y = 100 * np.mean([np.mean(found["correct"]) for found in blocks])
     axis.plot([x], [y], "s", color="C2")
-    axis.annotate("frozen,\nin blocks", (x, y), (-8, -16), textcoords="offset points", color="C2",
-                  ha="right", weight="bold")
+    axis.annotate("frozen, in blocks", (x, y), (6, -30), textcoords="offset points", color="C2",
+                  weight="bold")
     label_axes(axis, "A revealed result is a memory, too: blocks need no other", "passes",
                "final results right (%)", (4, 5, 7, 10, 20))
 
