@@ -126,7 +126,7 @@ def between(kind: type, low: float, high: float) -> Callable[[str], int | float]
 
 
 COUNT = between(int, 1, 10 ** 9)
-LENGTH = between(int, 1, 10 ** 5)      # tokens, passes or samples
+LENGTH = between(int, 1, 10 ** 5)      # tokens, or passes
 COUNT_OR_ZERO = between(int, 0, 10 ** 5)
 SEED = between(int, 0, 2 ** 32)
 FRACTION = between(float, 0, 1)
@@ -154,13 +154,15 @@ def start_device(name: str | None, kind: str) -> tuple[torch.device, Processes]:
     if kind == "tiny" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)       # the threads of a tiny model wait for each other more than
                                        # they work; one gives the same numbers to the bit everywhere
-    if "RANK" not in os.environ:
-        return device, Processes(0, 1)
     with blame("RANK and WORLD_SIZE", "start by torchrun, or unset them"):
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # the first to finish an evaluation may wait for hours for the last
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-        return device, Processes(dist.get_rank(), dist.get_world_size())
+        processes = Processes(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if not 0 <= processes.rank < processes.world:          # torch would wait for the others
+            raise ValueError(f"there is no process {processes.rank} of {processes.world}")
+        if processes.world > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            # the first to finish an evaluation may wait for hours for the last
+            dist.init_process_group(backend, timeout=timedelta(days=7))
+    return device, processes
 
 
 # ------------------------------------------------------------------------------ OPENING MODELS
@@ -377,7 +379,7 @@ def arguments() -> argparse.Namespace:
     add("--prompt", help="the user's prompt, as PROMPT (default: an example)")
     add("--infill", metavar="TEXT", help="complete this answer in place, a token for each _ that "
         "stands alone")
-    add("--num-samples", type=LENGTH, default=1)
+    add("--num-samples", type=between(int, 1, 10 ** 4), default=1)
     add("--show-steps", action="store_true", help="print every pass, and how much the memory "
         "changes in it, from the first slots to the last")
     add_sampling_options(parser, "the model's own")

@@ -30,9 +30,8 @@ from metastate import MetaState, load_checkpoint, preset, save_checkpoint
 from model import (RELEASES, TINY, Backbone, Config, Tokenizer, blame, cache_folder, ensure,
                    fetch_json, fetched, find_weights, kind_of, load_backbone, load_tokenizer,
                    read_config, save_backbone, tiny_tokenizer, write_atomically)
-from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, LENGTH, POSITIVE, SEED, WORDS,
-                    Processes, add_device_options, dial_problems, is_chat, run_program,
-                    start_device)
+from sample import (COUNT, COUNT_OR_ZERO, DIAL_LENGTH, FRACTION, POSITIVE, SEED, WORDS, Processes,
+                    add_device_options, between, dial_problems, is_chat, run_program, start_device)
 
 # ---------------------------------------------------------------------------------------- DATA
 
@@ -466,8 +465,8 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     option("init", None, "tiny", f"tiny: trains its own backbone; {', '.join(RELEASES)}, "
            "ORGANISATION/MODEL on the hub, or a checkpoint folder", metavar="MODEL")
-    option("weights", None, None, "the weights of --init, where they lie elsewhere",
-           metavar="FOLDER")
+    group.add_argument("--weights", metavar="FOLDER",
+                       help="the weights of --init, where they lie elsewhere")
     option("seed", SEED, 0, "seed of all random draws")
     group.add_argument("--out", type=Path, help="folder of checkpoints and logs (out/INIT)")
     group.add_argument("--resume", action="store_true",
@@ -475,12 +474,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_device_options(parser)
 
     group = parser.add_argument_group("data")
-    option("data", None, None, "tulu3, gsm8k, or a file of JSON lines with question/answer, "
-           "messages or prompt/completion; without: the built-in problems for tiny, else tulu3")
+    group.add_argument("--data", help="tulu3, gsm8k, or a file of JSON lines with question/answer, "
+                       "messages or prompt/completion (the built-in problems for tiny, else tulu3)")
     option("max-length", COUNT, 64, "longer examples, in tokens, are dropped")
 
     group = parser.add_argument_group("unrolling")
-    option("K", LENGTH, 4, "denoising steps that are unrolled")
+    option("K", between(int, 1, 1000), 4, "denoising steps that are unrolled")
     option("lam", FRACTION, 0.5, "weight of the loss on every masked token; the rest is on those "
            "revealed next")
     option("alpha", POSITIVE, 1.0, "Dirichlet concentration: the larger, the more alike the steps")
