@@ -236,7 +236,7 @@ def generate(backbone: Backbone, prompt_ids: Tensor, *, memory: MetaState | None
         maskable[:, answer_start:] = True
     trajectory = Trajectory(backbone, memory, sampling, maskable, attention_mask)
     # None without a memory; with guidance 2 B rows, with and without prompt
-    slots = trajectory.initial_slots()                                 # (B, M, d)
+    slots = memory.initial(len(trajectory.maskable)) if memory else None       # (B, M, d)
     generators = [torch.Generator(canvas.device).manual_seed(seed)
                   for seed in (range(B) if seeds is None else seeds)]
     propose, select = REMASKING[sampling.remasking]
@@ -332,9 +332,6 @@ class Trajectory:
         # a context needs the shape of a canvas, not its tokens
         self.context = backbone.context(maskable, attention_mask, cache=sampling.cache)
         self.anchors = memory.anchors(maskable, attention_mask) if memory else None
-
-    def initial_slots(self) -> Tensor | None:
-        return self.memory.initial(len(self.maskable)) if self.memory else None
 
     def denoise(self, canvas: Tensor, slots: Tensor | None, state: SamplerState
                 ) -> tuple[Tensor, Tensor | None]:

@@ -317,11 +317,15 @@ MASKED = "\u2591"
 N_BARS = 8                             # so that a line of the built-in problems fits 80 columns
 
 
+def slot_changes(before: Tensor, after: Tensor) -> Tensor:
+    """By how much slots (..., M, d) have changed, against their length: (..., M)."""
+    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).nan_to_num()
+
+
 def change_bars(before: Tensor, after: Tensor) -> str:
-    """By how much slots (M, d) have changed, against their length: a bar for some of them, first to
-    last."""
-    change = (after - before).norm(dim=-1) / before.norm(dim=-1)               # (M,)
-    groups = change.nan_to_num().tensor_split(min(N_BARS, len(change)))
+    """The changes of slots (M, d) as a bar for some of them, first to last."""
+    change = slot_changes(before, after)                               # (M,)
+    groups = change.tensor_split(min(N_BARS, len(change)))
     return "".join(" ▁▂▃▄▅▆▇█"[min(8, round(8 * group.mean().item()))] for group in groups)
 
 

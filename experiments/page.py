@@ -20,7 +20,8 @@ from metastate import MetaState
 from model import Tokenizer, ensure, write_atomically
 from sample import (ASSETS, DIAL_LENGTH, EXAMPLES, SAMPLING_DEFAULTS, Models, add_model_options,
                     add_sampling_options, choose_models, dial_answer, dial_problems, open_models,
-                    prompt_ids, run_program, sampling_settings, start_device, warn_of_length)
+                    prompt_ids, run_program, sampling_settings, slot_changes, start_device,
+                    warn_of_length)
 
 N_PROBLEMS = 40                        # beside the prompt, kept out of training
 MAX_BYTES = 300_000                    # of the page; where they do not fit it has fewer problems
@@ -49,7 +50,7 @@ class Recorder:
 
     def on_step(self, canvas: Tensor, report: Report) -> None:
         state = torch.where(canvas == self.mask_id, 0, 2).masked_fill(report.revealed, 1)  # (B, T)
-        change = self.slot_changes(report.slots)                       # B lists of M
+        change = self.changes(report.slots)                            # B lists of M
         for b, passes in enumerate(self.rows):
             if not report.eligible[b].any():
                 continue               # it is done, and waits for other rows
@@ -61,14 +62,14 @@ class Recorder:
                 "change": change[b],
             })
 
-    def slot_changes(self, slots: Tensor | None) -> list[list[float]]:
-        """By how much each slot (B, M, d) has changed since the last call, against its length."""
+    def changes(self, slots: Tensor | None) -> list[list[float]]:
+        """Those of the slots (B, M, d) since the last call."""
         if self.slots is None:
             return [[]] * self.n_rows
         slots = slots[:self.n_rows]    # with guidance, those that see the prompt
-        change = (slots - self.slots).norm(dim=-1) / self.slots.norm(dim=-1)       # (B, M)
+        change = slot_changes(self.slots, slots)                       # (B, M)
         self.slots = slots
-        return [[round(x, 2) for x in row] for row in change.nan_to_num().tolist()]
+        return [[round(x, 2) for x in row] for row in change.tolist()]
 
 
 def filled(content: dict) -> bytes:

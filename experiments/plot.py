@@ -86,7 +86,7 @@ def draw(path: Path, draw_one: Callable, data: object) -> None:
     plt.style.use(Path(__file__).with_name("pictures.mplstyle"))
     figure, axis = plt.subplots()
     draw_one(axis, data)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
